@@ -1,0 +1,1 @@
+"""The climate twin: daily states of the atmosphere, generated, downscaled and judged in physical units."""

@@ -1,0 +1,1 @@
+"""Generators: models that learn p(sample | condition) and draw from it."""

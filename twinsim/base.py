@@ -1,0 +1,265 @@
+"""The vocabulary of twinsim: what a variable, a sample, a condition, a domain, a generator and a question are.
+
+Shapes are written for one sample; `n` is a leading axis of many. Physical arrays are in the units of their `Variable`;
+an `Example` is what a generator sees of them: normalised, without names.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Array = jax.Array | np.ndarray
+Sample = Mapping[str, Array]  # variable name -> physical values, e.g. `[lat, lon]`
+Condition = Mapping[str, Array]  # name -> physical values a sample depends on, scalars or fields
+Statistics = Mapping[str, Any]  # pytree of arrays fitted on the training split; kept beside the checkpoint
+Target = Array  # `[*grid, channel]`, normalised: zero mean, unit variance by construction
+
+
+class BadInput(ValueError):
+    """Something from outside is wrong. The message is one sentence: what, where, what was expected."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A named physical quantity.
+
+    Attributes:
+      dims: names of its axes, `("lat", "lon")`; empty for a scalar.
+      units: UDUNITS string, "K".
+      lower, upper: hard physical bounds in `units`; a value beyond them is a broken law, not an outlier.
+    """
+
+    dims: tuple[str, ...]
+    units: str
+    long_name: str
+    standard_name: str = ""
+    lower: float = -np.inf
+    upper: float = np.inf
+    cell_methods: str = ""
+
+
+class Example(NamedTuple):
+    """One training example as the generator sees it.
+
+    Attributes:
+      target: what is generated, `[*grid, channel]`.
+      fields: conditions on the same grid, `[*grid, field]`; the last axis may be 0.
+      scalars: conditions without a grid, `[scalar]`; may be 0.
+    """
+
+    target: Target
+    fields: Array
+    scalars: Array
+
+
+class Spec(NamedTuple):
+    """The shape of an `Example`, and which grid axes close on themselves."""
+
+    grid: tuple[int, ...]
+    channels: int
+    fields: int
+    scalars: int
+    periodic: tuple[bool, ...]
+
+
+class Source(Protocol):
+    """True samples, recorded or simulated, in order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | np.ndarray) -> tuple[Sample, Condition]:
+        """Samples and conditions with a leading axis over `rows`."""
+        ...
+
+
+# ---------------------------------------------------------------- constraints a scenario imposes while sampling
+
+
+@dataclass(frozen=True)
+class Observation:
+    """`operator(target)` was observed to be `value`, with independent Gaussian errors of `noise_std`.
+
+    Attributes:
+      operator: maps a `Target` to observed quantities, `[m]`; differentiable.
+      value, noise_std: `[m]`.
+    """
+
+    operator: Callable[[Target], Array]
+    value: Array
+    noise_std: Array
+
+
+@dataclass(frozen=True)
+class Exceedance:
+    """`functional(target)` is at least `threshold`; `functional` returns a scalar and is differentiable."""
+
+    functional: Callable[[Target], Array]
+    threshold: Array
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Every value of the target lies between `lower` and `upper` (broadcastable to the target)."""
+
+    lower: Array
+    upper: Array
+
+
+Constraint = Observation | Exceedance | Bounds
+
+
+@dataclass(frozen=True)
+class Question:
+    """A scenario in a domain's terms: what to draw.
+
+    Attributes:
+      condition: name -> values for each item of one member, `[item, ...]` (items are days, hours, ...).
+      members: how many draws of the whole item axis.
+      constrain: `(sample, condition) -> constraints` in physical units for one item; None where nothing is imposed.
+      coords: coordinates of the output, among them the item axis (a `time`).
+      title: one line that says what is asked.
+    """
+
+    condition: Condition
+    members: int
+    coords: Mapping[str, Any]
+    title: str
+    constrain: "Callable[[Callable[[Target], Sample], Condition], Sequence[Constraint]] | None" = None
+    notes: Sequence[str] = ()
+
+
+# ---------------------------------------------------------------- scores
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of merit with its interval.
+
+    Attributes:
+      value: the score; `low`, `high`: its 95 % bootstrap interval, NaN where none can be given.
+      ideal: the value a perfect generator has, on average.
+      units: of `value`.
+    """
+
+    value: float
+    ideal: float = 0.0
+    units: str = ""
+    low: float = np.nan
+    high: float = np.nan
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a generator earns on held-out truth.
+
+    Attributes:
+      table: `"variable: metric"` -> Score; the names are the same for the model and its baselines.
+      curves: arrays behind the pictures, `"spectrum/tas"` -> 1-D or 2-D array.
+    """
+
+    table: Mapping[str, Score]
+    curves: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: a heading, paragraphs, tables and pictures.
+
+    Attributes:
+      text: paragraphs, plain text.
+      tables: caption -> rows; the first row is the heading.
+      figures: caption -> an SVG or PNG picture; the caption says in words what the picture shows.
+    """
+
+    title: str
+    text: Sequence[str] = ()
+    tables: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
+    figures: Mapping[str, bytes] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- the two protocols
+
+
+class Domain(Protocol):
+    """A system: its samples, its truth, its physics and its judges. Names no generator."""
+
+    name: str
+    sample: Mapping[str, Variable]
+    condition: Mapping[str, Variable]
+
+    def source(self, split: str) -> Source:
+        """Truth of the split "train", "validation" or "test". Raises BadInput."""
+        ...
+
+    def fit(self) -> Statistics:
+        """Everything that is estimated from the training split: means, scales, regressions."""
+        ...
+
+    def spec(self, statistics: Statistics) -> Spec: ...
+
+    def examples(self, statistics: Statistics, rows: slice) -> Example:
+        """Training examples of `rows`, `[n, ...]`, their means predicted out of fold."""
+        ...
+
+    def encode(self, statistics: Statistics, condition: Condition) -> tuple[Array, Array]:
+        """Fields `[*grid, field]` and scalars `[scalar]` of one condition."""
+        ...
+
+    def decode(self, statistics: Statistics, target: Target, condition: Condition) -> Sample:
+        """The physical sample a target stands for; differentiable."""
+        ...
+
+    def ask(self, scenario: Mapping[str, Any]) -> Question:
+        """A checked scenario in this domain's terms. Raises BadInput."""
+        ...
+
+    def check(self, sample: Sample, condition: Condition) -> Mapping[str, Array]:
+        """Each physical rule -> how far it is broken, in the rule's unit; 0 = kept. One sample."""
+        ...
+
+    def baselines(self, statistics: Statistics) -> "Mapping[str, Baseline]":
+        """Reference generators, fitted on the training split."""
+        ...
+
+    def score(self, generated: Sample, truth: Sample, condition: Condition) -> Scores:
+        """Judges `generated` `[member, n, ...]` by `truth` `[n, ...]`."""
+        ...
+
+    def dataset(self, samples: Sample, question: Question) -> "xr.Dataset":
+        """Generated samples `[member, item, ...]` with names, units and coordinates."""
+        ...
+
+    def write(self, dataset: "xr.Dataset", folder: Path) -> Sequence[Path]:
+        """Formats of the field beyond Zarr, where the scenario asks for them."""
+        ...
+
+    def sections(self, **parts: Any) -> Sequence[Section]:
+        """The domain's part of the report."""
+        ...
+
+
+class Baseline(Protocol):
+    """A reference generator: draws samples without having been trained by the engine."""
+
+    def __call__(self, condition: Condition, members: int, seed: int) -> Sample:
+        """Samples `[member, n, ...]` for conditions `[n, ...]`."""
+        ...
+
+
+class Generator(Protocol):
+    """A flax nnx module that learns p(target | fields, scalars). Written for one example."""
+
+    def loss(self, example: Example, key: Array) -> Array:
+        """Training loss of one example, a scalar."""
+        ...
+
+    def sample(self, fields: Array, scalars: Array, key: Array, constraints: Sequence[Constraint] = ()) -> Target:
+        """One draw."""
+        ...
