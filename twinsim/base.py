@@ -122,16 +122,19 @@ class Question:
     Attributes:
       condition: name -> values for each item of one member, `[item, ...]` (items are days, hours, ...).
       members: how many draws of the whole item axis.
-      constrain: `(sample, condition) -> constraints` in physical units for one item; None where nothing is imposed.
       coords: coordinates of the output, among them the item axis (a `time`).
       title: one line that says what is asked.
+      constrain: `(decode, condition) -> constraints` of one item; None where nothing is imposed.
+      misses: `(sample, condition) -> ` how far a finished sample is from what is imposed; 0 = it holds.
+      notes: what a reader of the answer must know.
     """
 
     condition: Condition
     members: int
     coords: Mapping[str, Any]
     title: str
-    constrain: "Callable[[Callable[[Target], Sample], Condition], Sequence[Constraint]] | None" = None
+    constrain: Callable[[Callable[[Target], Sample], Condition], Sequence[Constraint]] | None = None
+    misses: Callable[[Sample, Condition], Array] | None = None
     notes: Sequence[str] = ()
 
 

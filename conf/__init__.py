@@ -1,0 +1,1 @@
+"""The configuration: Hydra reads it as `pkg://conf`, in a checkout and in the installed wheel alike."""

@@ -1,0 +1,566 @@
+"""The climate domain: daily fields of several variables, conditioned on season, sea-surface warming or a coarse background.
+
+One model serves several tasks by the choice of its conditions: none or scalars (generate, what-if), a coarse background
+(downscale). What the generator learns is always a residual: of a seasonal climatology with its response to warming, or
+of the interpolated background corrected by a regression that is fitted out of fold. The residual is handed over cell by
+cell (`Cells`) or as joint principal components (`Components`).
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from domains.climate import baselines, figures, grid, means, physics, questions, scores
+from domains.climate.sources import day_of_year
+from twinsim import codec
+from twinsim.base import (
+    Array,
+    BadInput,
+    Baseline,
+    Condition,
+    Example,
+    Question,
+    Sample,
+    Score,
+    Scores,
+    Section,
+    Spec,
+    Statistics,
+    Target,
+    Variable,
+)
+
+SPLITS = ("train", "validation", "test")
+YEAR = 365.25  # days
+SPREAD_FLOOR = 1e-3  # of a transformed variable: where the truth never varies, the residual is not blown up
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One generated variable: what it is, how it is transformed towards a Gaussian, what it must obey.
+
+    Attributes:
+      transform: "identity", "sqrt", "log1p" or "log" (see twinsim.codec), of the value divided by `unit`.
+      conserve: how a block mean is kept in downscaling: "shift" (temperature) or "scale" (rain).
+      wet: the value above which a cell counts as wet, for non-negative quantities with many zeros; 0 for others.
+    """
+
+    units: str
+    long_name: str
+    standard_name: str = ""
+    cell_methods: str = "time: mean"
+    lower: float = -np.inf
+    upper: float = np.inf
+    transform: str = "identity"
+    unit: float = 1.0
+    conserve: Literal["shift", "scale"] = "shift"
+    wet: float = 0.0
+
+    def __post_init__(self) -> None:
+        codec.transform(self.transform, self.unit)
+        if self.lower >= self.upper:
+            raise BadInput(f"variable {self.long_name}: expected lower < upper, got {self.lower} and {self.upper}")
+
+    @property
+    def maps(self) -> codec.Transform:
+        return codec.transform(self.transform, self.unit)
+
+    def variable(self, dims: tuple[str, ...]) -> Variable:
+        return Variable(dims, self.units, self.long_name, self.standard_name, self.lower, self.upper, self.cell_methods)
+
+
+@dataclass(frozen=True)
+class Background:
+    """Coarse fields that a finer state is generated from.
+
+    Attributes:
+      factor: coarse cell size in fine cells.
+      climatology: correct the interpolation by the mean of each cell; false for patches that have no fixed place.
+      regression: of the rest on "cells" (all coarse cells), on the "neighbourhood" (3 x 3), or "none".
+      penalty: of that ridge regression, relative to the mean diagonal of X'X.
+      conserve: make the block means of every sample equal the background, exactly.
+    """
+
+    factor: int
+    climatology: bool = True
+    regression: Literal["none", "cells", "neighbourhood"] = "cells"
+    penalty: float = 0.1
+    conserve: bool = True
+
+    def __post_init__(self) -> None:
+        if self.factor < 2:
+            raise BadInput(f"background: expected a factor of at least 2, got {self.factor}")
+        if self.regression not in ("none", "cells", "neighbourhood"):
+            raise BadInput(f"background: regression is one of none, cells, neighbourhood, got {self.regression!r}")
+
+
+@dataclass(frozen=True)
+class Components:
+    """Hand the residual over as joint principal components of all variables.
+
+    Their distribution starts as a unit Gaussian, which is what a diffusion model with a silent network draws: training
+    starts at the joint PCA-Gaussian and learns what is not Gaussian, seasonal or linear.
+    """
+
+    count: int = 300
+
+
+@dataclass(frozen=True, eq=False)
+class Climate:
+    """A climate twin.
+
+    Attributes:
+      dataset: truth with dims (time or patch, y, x) and one variable a quantity; opened by the config's `truth`.
+      quantities: what is generated.
+      splits: split -> selections; each selection maps a coordinate to a value, or to an inclusive [first, last].
+      season: condition on the day of the year.
+      forcing: name of a coordinate along time to condition on, such as "sst_offset"; the mean responds linearly to it.
+      statics: fields in the dataset that do not change (orography, land), given to a network on cells.
+      components: how the residual is represented; None = cell by cell.
+      folds: contiguous pieces of the training split for out-of-fold means.
+    """
+
+    name: str
+    dataset: xr.Dataset
+    quantities: Mapping[str, Quantity]
+    splits: Mapping[str, Sequence[Mapping[str, Any]]]
+    season: bool = True
+    forcing: str | None = None
+    background: Background | None = None
+    statics: Sequence[str] = ()
+    components: Components | None = None
+    folds: int = 5
+    judge: scores.Judge = field(default_factory=scores.Judge)
+
+    def __post_init__(self) -> None:
+        for name in self.quantities:
+            if name not in self.dataset:
+                raise BadInput(f"variable {name}: not in the data, which has {', '.join(map(str, self.dataset.data_vars))}")
+            if self.dataset[name].ndim != 3:
+                raise BadInput(f"variable {name}: expected dims (time, y, x), got {self.dataset[name].dims}")
+        for name in self.statics:
+            if name not in self.dataset:
+                raise BadInput(f"static field {name}: not in the data, which has {', '.join(map(str, self.dataset.data_vars))}")
+        if self.forcing and self.forcing not in self.dataset.coords:
+            raise BadInput(f"forcing {self.forcing}: expected a coordinate along {self.item}, got {', '.join(map(str, self.dataset.coords))}")
+        if self.background:
+            ny, nx = self.shape
+            if ny % self.background.factor or nx % self.background.factor:
+                raise BadInput(f"background: factor {self.background.factor} does not divide the grid of {ny} x {nx} cells")
+        for split in SPLITS:
+            if split != "validation" and not len(self.rows(split)):
+                raise BadInput(f"split {split}: selects nothing from the data; {self._extent()}")
+
+    # ------------------------------------------------------------ the grid and the truth
+
+    @property
+    def dims(self) -> tuple[str, str]:
+        _, y, x = self.dataset[next(iter(self.quantities))].dims
+        return str(y), str(x)
+
+    @property
+    def item(self) -> str:
+        """The name of the axis of samples, "time" or "patch"."""
+        return str(self.dataset[next(iter(self.quantities))].dims[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.dataset.sizes[self.dims[0]], self.dataset.sizes[self.dims[1]]
+
+    @property
+    def periodic(self) -> tuple[bool, bool]:
+        """A regular longitude axis that goes all the way round closes on itself."""
+        x = self.dims[1]
+        if x not in self.dataset.coords or not str(self.dataset[x].attrs.get("units", "")).startswith("degree"):
+            return False, False
+        values = self.dataset[x].values
+        return False, bool(len(values) > 1 and np.isclose(len(values) * (values[1] - values[0]), 360.0, atol=0.5))
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """Area weights with mean 1, `[y, x]`; the cosine of latitude on a regular grid, else 1."""
+        y = self.dims[0]
+        units = str(self.dataset[y].attrs.get("units", "")) if y in self.dataset.coords else ""
+        if units.startswith("degree") and "rotated" not in str(self.dataset[y].attrs.get("long_name", "")) and y.startswith("lat"):
+            return np.broadcast_to(grid.area_weights(self.dataset[y].values)[:, None], self.shape).astype(np.float32)
+        return np.ones(self.shape, np.float32)
+
+    @property
+    def sample(self) -> Mapping[str, Variable]:
+        return {name: quantity.variable(self.dims) for name, quantity in self.quantities.items()}
+
+    @property
+    def condition(self) -> Mapping[str, Variable]:
+        named: dict[str, Variable] = {}
+        if self.season:
+            named["day_of_year"] = Variable((), "day", "day of the year, 0 at its start")
+        if self.forcing:
+            named[self.forcing] = Variable((), "K", "warming of the sea surface")
+        if self.background:
+            coarse = tuple(f"{dim}_coarse" for dim in self.dims)
+            for name, quantity in self.quantities.items():
+                named[f"coarse_{name}"] = quantity.variable(coarse)
+        return named
+
+    def rows(self, split: str) -> np.ndarray:
+        """Positions of a split's samples along the item axis, in order. Raises BadInput."""
+        if split not in self.splits:
+            if split == "validation":
+                return np.array([], int)
+            raise BadInput(f"split {split}: not configured; there are {', '.join(self.splits)}")
+        chosen = np.zeros(self.dataset.sizes[self.item], bool)
+        for selection in self.splits[split]:
+            chosen |= np.all([self._matches(name, wanted) for name, wanted in selection.items()], axis=0)
+        return np.flatnonzero(chosen)
+
+    def _matches(self, coordinate: str, wanted: Any) -> np.ndarray:
+        if coordinate not in self.dataset.coords:
+            raise BadInput(f"split: no coordinate {coordinate}; there are {', '.join(map(str, self.dataset.coords))}")
+        values = self.dataset[coordinate]
+        if not isinstance(wanted, Sequence) or isinstance(wanted, str):
+            return (values == wanted).values
+        first, last = wanted
+        if coordinate == "time":
+            axis = xr.DataArray(np.arange(values.size), {"time": values}, ["time"])
+            if values.to_index().is_monotonic_increasing:
+                inside = axis.sel(time=slice(str(first), str(last))).values
+                return np.isin(np.arange(values.size), inside)
+            text = values.dt.strftime("%Y-%m-%d").values
+            return (text >= str(first)) & (text <= str(last))
+        return ((values >= first) & (values <= last)).values
+
+    def _extent(self) -> str:
+        axis = self.dataset[self.item] if self.item in self.dataset.coords else np.arange(self.dataset.sizes[self.item])
+        return f"it goes from {np.asarray(axis)[0]} to {np.asarray(axis)[-1]}" if np.size(axis) else "it is empty"
+
+    def source(self, split: str) -> "Truth":
+        return Truth(self, self.rows(split))
+
+    def truth(self, rows: np.ndarray) -> Sample:
+        """Samples `[n, y, x]` in float32."""
+        return {name: self.dataset[name].values[rows].astype(np.float32) for name in self.quantities}
+
+    def conditions(self, rows: np.ndarray, sample: Sample | None = None) -> Condition:
+        """Conditions `[n, ...]` of recorded samples; the background is the block mean of the truth."""
+        named: dict[str, Array] = {}
+        if self.season:
+            named["day_of_year"] = day_of_year(self.dataset["time"][rows]).astype(np.float32)
+        if self.forcing:
+            named[self.forcing] = self.dataset[self.forcing].values[rows].astype(np.float32)
+        if self.background:
+            sample = self.truth(rows) if sample is None else sample
+            named |= {f"coarse_{name}": grid.coarsen(np.asarray(values), self.background.factor) for name, values in sample.items()}
+        return named
+
+    # ------------------------------------------------------------ statistics
+
+    def fit(self) -> Statistics:
+        rows = self.rows("train")
+        truth = self.truth(rows)
+        condition = self.conditions(rows, truth)
+        statistics: dict[str, Any] = {"scalars": self._fit_scalars(condition)}
+        transformed = {name: np.asarray(q.maps.forward(truth[name])) for name, q in self.quantities.items()}
+        if self.background:
+            statistics["interpolation"] = self._fit_interpolation(transformed, condition)
+            raw = {name: self._interpolate(statistics, name, condition) for name in self.quantities}
+            fitted = self._fit_regression({name: transformed[name] - raw[name] for name in raw}, condition)
+            statistics["regression"] = {name: stat for name, (stat, _) in fitted.items()}
+            expected = {name: raw[name] + fitted[name][1] if name in fitted else raw[name] for name in raw}
+            cellwise = (0,) if self.background.climatology else None
+            statistics["field_mean"] = {name: np.float32(1) * v.mean(cellwise) for name, v in transformed.items()}
+            statistics["field_scale"] = {name: v.std(cellwise) + np.float32(SPREAD_FLOOR) for name, v in transformed.items()}
+        else:
+            extra = condition[self.forcing] if self.forcing else None
+            days = condition.get("day_of_year", np.zeros(len(rows), np.float32))
+            statistics["climatology"] = {name: means.fit_harmonics(v, np.asarray(days), extra) for name, v in transformed.items()}
+            expected = {name: np.asarray(self._expected(statistics, name, condition)) for name in transformed}
+            cellwise = (0,)
+        residual = {name: transformed[name] - expected[name] for name in transformed}
+        statistics["residual_scale"] = {name: v.std(cellwise) + np.float32(SPREAD_FLOOR) for name, v in residual.items()}
+        if self.components:
+            stacked = np.stack([residual[name] for name in self.quantities], axis=-1)
+            statistics["components"] = codec.fit_components(stacked, self.weights, self.components.count)
+        if self.statics:
+            fixed = np.stack([self.dataset[name].values for name in self.statics], axis=-1).astype(np.float32)
+            statistics["statics"] = (fixed - fixed.mean((0, 1))) / (fixed.std((0, 1)) + np.float32(SPREAD_FLOOR))
+        return statistics
+
+    def _fit_scalars(self, condition: Condition) -> Statistics:
+        """The range in which a scalar was seen: outside it the network is asked for the nearest it knows, the mean goes on."""
+        if not self.forcing:
+            return {}
+        values = np.asarray(condition[self.forcing])
+        span = max(float(values.max() - values.min()), SPREAD_FLOOR)
+        return {self.forcing: {"low": np.float32(values.min()), "high": np.float32(values.max()), "span": np.float32(span)}}
+
+    def _fit_interpolation(self, transformed: Sample, condition: Condition) -> Statistics:
+        if not self.background or not self.background.climatology:
+            return {name: {"coarse": np.float32(0), "fine": np.float32(0)} for name in self.quantities}
+        coarse = {name: q.maps.forward(condition[f"coarse_{name}"]) for name, q in self.quantities.items()}
+        return {name: {"coarse": np.asarray(coarse[name].mean(0)), "fine": np.asarray(transformed[name]).mean(0)} for name in self.quantities}
+
+    def _fit_regression(self, residual: Sample, condition: Condition) -> dict[str, tuple[Statistics, np.ndarray]]:
+        """Per variable: regression of what interpolation misses, and its out-of-fold prediction of the training samples."""
+        background = self.background
+        if background is None or background.regression == "none":
+            return {}
+        predictors = np.stack([np.asarray(condition[f"coarse_{name}"]) for name in self.quantities], axis=1)
+        if background.regression == "cells":
+            flat = predictors.reshape(len(predictors), -1)
+            return {name: means.fit_ridge(flat, np.asarray(v), background.penalty, self.folds) for name, v in residual.items()}
+        return {
+            name: means.fit_local_ridge(predictors, np.asarray(v), background.penalty, self.folds, self.periodic)
+            for name, v in residual.items()
+        }
+
+    # ------------------------------------------------------------ one sample <-> one example
+
+    def _interpolate(self, statistics: Statistics, name: str, condition: Condition) -> Array:
+        """The background of one variable on the fine grid, transformed, `[..., y, x]`."""
+        assert self.background
+        stat = statistics["interpolation"][name]
+        coarse = self.quantities[name].maps.forward(condition[f"coarse_{name}"]) - stat["coarse"]
+        return grid.refine(coarse, self.background.factor, 1, self.periodic) + stat["fine"]
+
+    def _regress(self, statistics: Statistics, name: str, condition: Condition) -> Array:
+        """What the coarse cells say beyond their interpolation, `[..., y, x]`."""
+        assert self.background
+        if name not in statistics.get("regression", {}):
+            return jnp.zeros(())
+        stat = statistics["regression"][name]
+        predictors = jnp.stack([jnp.asarray(condition[f"coarse_{each}"]) for each in self.quantities], axis=-3)
+        if self.background.regression == "cells":
+            return means.predict_ridge(stat, predictors.reshape(*predictors.shape[:-3], -1))
+        return means.predict_local_ridge(stat, predictors, self.periodic)
+
+    def _expected(self, statistics: Statistics, name: str, condition: Condition) -> Array:
+        """The transformed variable as far as the condition alone tells it, `[..., y, x]`."""
+        if self.background:
+            return self._interpolate(statistics, name, condition) + self._regress(statistics, name, condition)
+        extra = condition[self.forcing] if self.forcing else None
+        days = condition["day_of_year"] if self.season else jnp.zeros(())
+        return means.harmonics(statistics["climatology"][name], days, extra)
+
+    def spec(self, statistics: Statistics) -> Spec:
+        scalars = 2 * self.season + (1 if self.forcing else 0)
+        if self.components:
+            return Spec((1,), len(statistics["components"]["scale"]), 0, scalars, (False,))
+        fields = 2 * len(self.quantities) * bool(self.background) + len(self.statics)
+        return Spec(self.shape, len(self.quantities), fields, scalars, self.periodic)
+
+    def examples(self, statistics: Statistics, split: str = "train", block: int = 256) -> Iterator[Example]:
+        """Examples of a split in blocks `[n, ...]`; those of "train" with means predicted out of fold."""
+        rows = self.rows(split)
+        truth = self.truth(rows)
+        condition = self.conditions(rows, truth)
+        transformed = {name: np.asarray(q.maps.forward(truth[name])) for name, q in self.quantities.items()}
+        expected = {name: np.asarray(self._expected(statistics, name, condition)) for name in transformed}
+        if self.background and split == "train":
+            raw = {name: np.asarray(self._interpolate(statistics, name, condition)) for name in self.quantities}
+            fitted = self._fit_regression({name: transformed[name] - raw[name] for name in raw}, condition)
+            expected |= {name: raw[name] + out_of_fold for name, (_, out_of_fold) in fitted.items()}
+        encode = jax.jit(jax.vmap(self._example, in_axes=(None, 0, 0, 0)))
+        for first in range(0, len(rows), block):
+            part = slice(first, first + block)
+            pick = lambda values: {name: v[part] for name, v in values.items()}  # noqa: E731
+            yield jax.tree.map(np.asarray, encode(statistics, pick(transformed), pick(expected), pick(condition)))
+
+    def _example(self, statistics: Statistics, transformed: Sample, expected: Sample, condition: Condition) -> Example:
+        residual = {name: transformed[name] - expected[name] for name in self.quantities}
+        fields, scalars = self._encode(statistics, condition, expected)
+        if self.components:
+            target = codec.project(statistics["components"], codec.stack(residual, list(self.quantities)))
+            return Example(target.T, fields, scalars)
+        scaled = {name: residual[name] / statistics["residual_scale"][name] for name in self.quantities}
+        return Example(codec.stack(scaled, list(self.quantities)), fields, scalars)
+
+    def encode(self, statistics: Statistics, condition: Condition) -> tuple[Array, Array]:
+        expected = {name: self._expected(statistics, name, condition) for name in self.quantities} if self.background else {}
+        return self._encode(statistics, condition, expected)
+
+    def _encode(self, statistics: Statistics, condition: Condition, expected: Sample) -> tuple[Array, Array]:
+        scalars = []
+        if self.season:
+            phase = 2 * jnp.pi * condition["day_of_year"] / YEAR
+            scalars += [jnp.sqrt(2.0) * jnp.cos(phase), jnp.sqrt(2.0) * jnp.sin(phase)]
+        if self.forcing:
+            seen = statistics["scalars"][self.forcing]
+            middle = (seen["low"] + seen["high"]) / 2
+            scalars.append(2 * (jnp.clip(condition[self.forcing], seen["low"], seen["high"]) - middle) / seen["span"])
+        if self.components:
+            return jnp.zeros((1, 0)), jnp.stack(scalars) if scalars else jnp.zeros(0)
+        fields = []
+        if self.background:
+            for name in self.quantities:
+                mean, scale = statistics["field_mean"][name], statistics["field_scale"][name]
+                fields += [(expected[name] - mean) / scale, (self._interpolate(statistics, name, condition) - mean) / scale]
+        stacked = jnp.stack(fields, axis=-1) if fields else jnp.zeros((*self.shape, 0))
+        if self.statics:
+            stacked = jnp.concatenate([stacked, statistics["statics"]], axis=-1)
+        return stacked, jnp.stack(scalars) if scalars else jnp.zeros(0)
+
+    def decode(self, statistics: Statistics, target: Target, condition: Condition) -> Sample:
+        names = list(self.quantities)
+        if self.components:
+            residual = codec.unstack(codec.expand(statistics["components"], target.T), names)
+        else:
+            residual = {name: v * statistics["residual_scale"][name] for name, v in codec.unstack(target, names).items()}
+        sample = {}
+        for name, quantity in self.quantities.items():
+            value = quantity.maps.inverse(self._expected(statistics, name, condition) + residual[name])
+            if self.background and self.background.conserve:
+                coarse = condition[f"coarse_{name}"]
+                value = grid.conserve_block_mean(value, coarse, self.background.factor, quantity.conserve)
+            sample[name] = value
+        return sample
+
+    # ------------------------------------------------------------ questions, checks, scores, files
+
+    Scenario = questions.ClimateScenario
+
+    def ask(self, scenario: questions.ClimateScenario, folder: Path) -> Question:
+        return questions.ask(self, scenario, folder)
+
+    def exam(self, members: int, most: int | None = None) -> tuple[Question, Sample]:
+        """The held-out test as a question, with its true answer `[n, y, x]`; at most `most` evenly spaced items."""
+        rows = self.rows("test")
+        if most and len(rows) > most:
+            rows = rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]
+        truth = self.truth(rows)
+        question = Question(
+            condition=self.conditions(rows, truth),
+            members=members,
+            coords={self.item: (self.item, self.dataset[self.item].values[rows] if self.item in self.dataset.coords else rows)},
+            title=f"{self.name}: the {len(rows)} held-out samples of the test split",
+        )
+        return question, truth
+
+    def simulate(self, sample: Sample, condition: Condition, key: Array) -> Sample:
+        """The identity: a daily state is judged by `check`, not stepped on."""
+        return sample
+
+    def check(self, sample: Sample, condition: Condition) -> Mapping[str, Array]:
+        broken: dict[str, Array] = {}
+        for name, quantity in self.quantities.items():
+            if np.isfinite(quantity.lower):
+                broken[f"{name} below {quantity.lower:g} {quantity.units}"] = physics.below(sample[name], quantity.lower)
+            if np.isfinite(quantity.upper):
+                broken[f"{name} above {quantity.upper:g} {quantity.units}"] = physics.above(sample[name], quantity.upper)
+            if self.background and self.background.conserve:
+                coarse = condition[f"coarse_{name}"]
+                broken[f"{name} block mean, {quantity.units}"] = physics.block_mean_mismatch(sample[name], coarse, self.background.factor)
+        return broken
+
+    def baselines(self, statistics: Statistics) -> Mapping[str, Baseline]:
+        rows = self.rows("train")
+        truth = self.truth(rows)
+        condition = self.conditions(rows, truth)
+        non_negative = [name for name, quantity in self.quantities.items() if quantity.lower >= 0 and quantity.wet]
+        if self.background is None:
+            given = {"weights": self.weights, "forcing": self.forcing, "response": "uniform" if self.forcing else "none"}
+            shifted = ", shifted uniformly" if self.forcing else ""
+            return {
+                f"days of the season{shifted}": baselines.ClimatologyBootstrap(truth, condition, non_negative=non_negative, **given),
+                f"PCA-Gaussian{shifted}": baselines.PCAGaussian(truth, condition, **given),
+            }
+        factor, periodic = self.background.factor, self.periodic
+        bicubic = baselines.Interpolation(factor, 3, non_negative=non_negative, periodic=periodic)
+        if not self.background.climatology:
+            analogues = baselines.Analogues(truth, factor, non_negative=non_negative)
+            return {"bicubic": bicubic, "analogues": analogues, "RainFARM": baselines.RainFARM(truth, factor)}
+        given = {"non_negative": non_negative, "periodic": periodic}
+        local = self.background.regression == "neighbourhood"
+        return {
+            "bicubic": bicubic,
+            "quantile mapping": baselines.QuantileMapping(truth, factor, **given),
+            "analogues": baselines.Analogues(truth, factor, non_negative=non_negative),
+            "ridge and analogue errors": baselines.RidgeAnalogue(truth, factor, neighbourhood=local, **given),
+        }
+
+    def membership(self, generated: Sample, truth: Sample, ask: Callable[[Question], Sample]) -> Score | None:
+        """Whether samples betray the training data; where samples depend on a background, training days are drawn as well.
+
+        None where the held-out samples come from another climate than the training samples, which would decide the test.
+        """
+        if self.forcing:
+            return None
+        held_out = len(next(iter(truth.values())))
+        rows = self.rows("train")
+        members = len(next(iter(generated.values())))
+        if self.background:
+            rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), held_out)).round().astype(int)]
+            members = min(members, self.judge.remembered)
+        recorded = self.truth(rows)
+        drawn = {"train": ({}, recorded), "held out": ({name: np.asarray(v)[:members] for name, v in generated.items()}, truth)}
+        if self.background:
+            question = Question(self.conditions(rows, recorded), members, {self.item: (self.item, rows)}, "the training samples")
+            drawn["train"] = ({name: np.asarray(v[...]) for name, v in ask(question).items()}, recorded)
+        return scores.membership(self, drawn)
+
+    def score(self, generated: Sample, truth: Sample, condition: Condition) -> Scores:
+        return scores.score(self, generated, truth, condition)
+
+    def dataset_of(self, samples: Sample, question: Question) -> xr.Dataset:
+        """Generated samples `[member, item, y, x]` as a CF dataset that says it is synthetic."""
+        keep = [name for name in self.dataset.coords if set(self.dataset[name].dims) <= set(self.dims)]
+        data = {}
+        for name, variable in self.sample.items():
+            attrs = {"units": variable.units, "long_name": f"synthetic {variable.long_name}", "cell_methods": variable.cell_methods}
+            attrs |= {"standard_name": variable.standard_name} if variable.standard_name else {}
+            data[name] = (("member", self.item, *self.dims), samples[name], attrs)
+        axes = {name: (self.dataset[name].dims, self.dataset[name].values, self.dataset[name].attrs) for name in keep}
+        members = next(iter(samples.values())).shape[0]
+        realization = ("member", np.arange(members), {"standard_name": "realization", "long_name": "member", "units": "1"})
+        made = xr.Dataset(data, {**axes, **question.coords, "member": realization})
+        if self.item == "time":
+            made["time"].attrs |= {"standard_name": "time", "axis": "T"}
+        return made
+
+    def inputs(self) -> Sequence[Mapping[str, Any]]:
+        """The files the truth came from: name, place, licence, sha256, size."""
+        return json.loads(self.dataset.attrs.get("inputs", "[]"))
+
+    @property
+    def licence(self) -> str:
+        return str(self.dataset.attrs.get("license", "no licence stated"))
+
+    def summary(self, question: Question, dataset: xr.Dataset) -> str:
+        """The answer in a sentence."""
+        return figures.summary(self, question, dataset)
+
+    @property
+    def limits(self) -> Sequence[str]:
+        """What this twin cannot tell, in plain words."""
+        told = [f"The truth is {self.dataset.attrs.get('source', 'a recorded data set')}; its errors are learnt with it."]
+        if self.background:
+            told.append("Detail below the background's cells is plausible, not observed; block means are those of the background.")
+        else:
+            told.append("Weather that never occurred in the training split, and changes beyond a linear response, are not represented.")
+        return told
+
+    def sections(self, **parts: Any) -> Sequence[Section]:
+        return figures.sections(self, **parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """Recorded samples of a split, in order."""
+
+    domain: Climate
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> tuple[Sample, Condition]:
+        chosen = self.positions[rows]
+        sample = self.domain.truth(chosen)
+        return sample, self.domain.conditions(chosen, sample)

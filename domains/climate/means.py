@@ -1,0 +1,303 @@
+"""What can be known without a generator: seasonal climatology, regression on the coarse field, leading patterns.
+
+Every `fit_*` takes training arrays with a leading day axis and returns statistics, a dict of float32 arrays; the function
+that applies them takes any leading axes, numpy or jax, and can be traced. Fits run in float64 on the host.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from domains.climate.grid import array_module, matmul
+from twinsim.base import Array, BadInput, Statistics
+
+YEAR = 365.25  # days
+CHUNK = 8192  # cells handled at once in float64, so that a global data set fits into memory
+UNDETERMINED = 1e-2  # relative singular value below which the days do not tell harmonics apart (a winter-only record)
+STILL = 1e-6  # spread below which a predictor is taken as constant
+
+
+# ---------------------------------------------------------------- climatology
+
+
+def fit_harmonics(values: np.ndarray, day_of_year: np.ndarray, extra: np.ndarray | None = None) -> Statistics:
+    """Annual and semi-annual harmonics of `values` `[n, ...]` per cell, by least squares.
+
+    Args:
+      extra: a scalar a day `[n]` on which values depend linearly, such as sea-surface warming in K; its pattern has an
+        annual harmonic of its own.
+
+    Returns:
+      `climatology` `[5, ...]`, and with `extra` `response` `[3, ...]`, per unit of `extra`. Raises BadInput.
+    """
+    n = len(values)
+    if np.shape(day_of_year) != (n,) or (extra is not None and np.shape(extra) != (n,)):
+        raise BadInput(f"fit_harmonics: expected one day of year (and one extra) for each of {n} samples, got {np.shape(day_of_year)}")
+    basis = _harmonic_basis(np.asarray(day_of_year, np.float64))
+    scale = 0.0 if extra is None else float(np.std(extra))
+    if extra is not None and scale > STILL:
+        offset = np.asarray(extra, np.float64)[:, None] / scale
+        basis = np.concatenate([basis, offset * basis[:, :3]], axis=1)
+    solve = np.linalg.pinv(basis, rcond=UNDETERMINED)
+    coefficients = np.zeros((basis.shape[1], values[0].size), np.float32)
+    for cells, chunk in _chunks(values):
+        coefficients[:, cells] = solve @ chunk
+    coefficients = coefficients.reshape((-1,) + values.shape[1:])
+    if extra is None:
+        return {"climatology": coefficients}
+    response = coefficients[5:] / np.float32(scale) if len(coefficients) > 5 else np.zeros_like(coefficients[:3])
+    return {"climatology": coefficients[:5], "response": response}
+
+
+def harmonics(stat: Statistics, day_of_year: Array, extra: Array | None = None) -> Array:
+    """Climatology `[..., *grid]` of days `[...]`, with the response to `extra` `[...]` where one was fitted and is given."""
+    xp = array_module(day_of_year, extra, stat["climatology"])
+    basis = _harmonic_basis(xp.asarray(day_of_year, dtype=xp.float32))
+    mean = _tensordot(basis, stat["climatology"])
+    if extra is None or "response" not in stat:
+        return mean
+    return mean + _tensordot(basis[..., :3] * xp.asarray(extra, dtype=xp.float32)[..., None], stat["response"])
+
+
+def _harmonic_basis(day_of_year: Array) -> Array:
+    xp = array_module(day_of_year)
+    t = 2 * np.pi * day_of_year / YEAR
+    return xp.stack([xp.ones_like(t), xp.cos(t), xp.sin(t), xp.cos(2 * t), xp.sin(2 * t)], axis=-1)
+
+
+# ---------------------------------------------------------------- regression
+
+
+def fit_ridge(x: np.ndarray, y: np.ndarray, penalty: float, folds: int = 5) -> tuple[Statistics, np.ndarray]:
+    """Ridge regression of `y` `[n, ...]` on `x` `[n, predictor]`, and what it predicts for days it has not seen.
+
+    Predictors are standardised; `penalty` is relative to the mean diagonal of X'X. The second result `[n, ...]` is out of
+    fold: each of `folds` contiguous pieces of the record is predicted from the others.
+    """
+    _check_folds(len(x), len(y), folds)
+    mean_x = x.mean(0, dtype=np.float64)
+    scale_x = x.std(0, dtype=np.float64) + STILL
+    z = (x - mean_x) / scale_x
+    weights_all = _ridge_weights(z, penalty)
+    by_fold = _fold_weights(z, penalty, folds)
+    width = y[0].size
+    mean_y, coefficients = np.empty(width, np.float32), np.empty((z.shape[1], width), np.float32)
+    out_of_fold = np.empty((len(y), width), np.float32)
+    for cells, chunk in _chunks(y):
+        mean_y[cells] = chunk.mean(0)
+        coefficients[:, cells] = weights_all @ chunk
+        for held, seen, weights, centre in by_fold:
+            out_of_fold[held, cells] = chunk[seen].mean(0) + (z[held] - centre) @ (weights @ chunk[seen])
+    grid = y.shape[1:]
+    stat = {
+        "mean_x": mean_x.astype(np.float32),
+        "scale_x": scale_x.astype(np.float32),
+        "mean_y": mean_y.reshape(grid),
+        "coefficients": coefficients.reshape((-1,) + grid),
+    }
+    return stat, out_of_fold.reshape(y.shape)
+
+
+def predict_ridge(stat: Statistics, x: Array) -> Array:
+    """Prediction `[..., *grid]` for predictors `[..., predictor]`."""
+    z = (x - _lift(stat["mean_x"], x.ndim)) / _lift(stat["scale_x"], x.ndim)
+    y = _tensordot(z, stat["coefficients"])
+    return y + _lift(stat["mean_y"], y.ndim)
+
+
+def fit_local_ridge(
+    coarse: np.ndarray, y: np.ndarray, penalty: float, folds: int = 5, periodic: tuple[bool, bool] = (False, True)
+) -> tuple[Statistics, np.ndarray]:
+    """Ridge regression of every block of fine cells on the 3 x 3 coarse cells around it: for grids with more cells than days.
+
+    Args:
+      coarse: predictors `[n, channel, cy, cx]`. A channel is scaled by its spread over the neighbourhood.
+      y: `[n, ..., y, x]` on a grid an integer number of times finer.
+      penalty: relative to the mean diagonal of X'X.
+
+    Returns:
+      Statistics for `predict_local_ridge`, and out-of-fold predictions `[n, ..., y, x]`. Raises BadInput.
+    """
+    n, channel, cy, cx = coarse.shape
+    _check_folds(n, len(y), folds)
+    factor = y.shape[-1] // cx
+    if y.shape[-2:] != (cy * factor, cx * factor):
+        raise BadInput(f"fit_local_ridge: expected a fine grid that is a multiple of {cy} x {cx}, got {y.shape[-2]} x {y.shape[-1]}")
+    lead = y.shape[1:-2]
+    mean_x = coarse.mean(0, dtype=np.float64)
+    near = np.asarray(_neighbours(coarse - mean_x, periodic))
+    blocks = y.reshape((n, -1, cy, factor, cx, factor))
+    width = blocks[0, :, 0, :, 0].size
+    coefficients = np.empty((cy, cx, 9 * channel, width), np.float32)
+    mean_y = np.empty((cy, cx, width), np.float32)
+    out_of_fold = np.empty(blocks.shape, np.float32)
+    for i in range(cy):
+        for j in range(cx):
+            raw = near[:, i, j].reshape(n, channel, 9)
+            scale = np.repeat(np.sqrt((raw**2).mean((0, 2))) + STILL, 9)
+            z = near[:, i, j] / scale
+            target = blocks[:, :, i, :, j].reshape(n, width).astype(np.float64)
+            mean_y[i, j] = target.mean(0)
+            coefficients[i, j] = _ridge_weights(z, penalty) @ target / scale[:, None]
+            for held, seen, weights, centre in _fold_weights(z, penalty, folds):
+                guess = target[seen].mean(0) + (z[held] - centre) @ (weights @ target[seen])
+                out_of_fold[held, :, i, :, j] = guess.reshape(len(guess), -1, factor, factor)
+    stat = {"mean_x": mean_x.astype(np.float32), "mean_y": _unblock(mean_y, lead, factor), "coefficients": coefficients}
+    return stat, out_of_fold.reshape(y.shape)
+
+
+def predict_local_ridge(stat: Statistics, coarse: Array, periodic: tuple[bool, bool] = (False, True)) -> Array:
+    """Prediction `[..., *lead, y, x]` for coarse predictors `[..., channel, cy, cx]`; `periodic` as in the fit."""
+    xp = array_module(coarse, stat["coefficients"])
+    near = _neighbours(coarse - _lift(stat["mean_x"], coarse.ndim), periodic)
+    many = near.reshape((-1,) + near.shape[-3:])
+    blocks = matmul(xp.transpose(many, (1, 2, 0, 3)), stat["coefficients"])  # cells first: one product for all samples of a cell
+    blocks = xp.moveaxis(blocks, 2, 0).reshape(near.shape[:-1] + (-1,))
+    fine = stat["mean_y"].shape
+    y = _unblock(blocks, fine[:-2], fine[-2] // coarse.shape[-2])
+    return y + _lift(stat["mean_y"], y.ndim)
+
+
+def _neighbours(x: Array, periodic: tuple[bool, bool]) -> Array:
+    """The 3 x 3 cells around each cell of `[..., channel, y, x]`: `[..., y, x, channel * 9]`; edges repeat or wrap."""
+    xp = array_module(x)
+    ny, nx = x.shape[-2:]
+    for axis, wraps in ((x.ndim - 2, periodic[0]), (x.ndim - 1, periodic[1])):
+        width = [(0, 0)] * x.ndim
+        width[axis] = (1, 1)
+        x = xp.pad(x, width, mode="wrap" if wraps else "edge")
+    around = xp.stack([x[..., i : i + ny, j : j + nx] for i in range(3) for j in range(3)], axis=-1)
+    around = xp.moveaxis(around, -4, -2)
+    return around.reshape(around.shape[:-2] + (-1,))
+
+
+def _unblock(blocks: Array, lead: tuple[int, ...], factor: int) -> Array:
+    """Blocks `[..., cy, cx, lead * factor * factor]` laid out on the fine grid, `[..., *lead, y, x]`."""
+    xp = array_module(blocks)
+    first, (cy, cx) = blocks.shape[:-3], blocks.shape[-3:-1]
+    x = blocks.reshape((-1, cy, cx, int(np.prod(lead, dtype=int)), factor, factor))
+    return xp.transpose(x, (0, 3, 1, 4, 2, 5)).reshape(first + lead + (cy * factor, cx * factor))
+
+
+def _ridge_weights(z: np.ndarray, penalty: float) -> np.ndarray:
+    """The matrix `[predictor, n]` that turns targets into ridge coefficients, for centred predictors `z` `[n, predictor]`."""
+    gram = z.T @ z
+    return np.linalg.solve(gram + penalty * np.trace(gram) / len(gram) * np.eye(len(gram)), z.T)
+
+
+def _fold_weights(z: np.ndarray, penalty: float, folds: int) -> list[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+    """For each contiguous fold: its rows, the other rows, their ridge weights and the centre of their predictors."""
+    parts = []
+    for rows in np.array_split(np.arange(len(z)), folds):
+        seen = np.ones(len(z), bool)
+        seen[rows] = False
+        centre = z[seen].mean(0)
+        parts.append((slice(rows[0], rows[-1] + 1), seen, _ridge_weights(z[seen] - centre, penalty), centre))
+    return parts
+
+
+def _check_folds(n: int, targets: int, folds: int) -> None:
+    if n != targets:
+        raise BadInput(f"ridge: expected as many targets as predictors, got {targets} and {n}")
+    if not 2 <= folds <= n:
+        raise BadInput(f"ridge: expected between 2 and {n} folds for {n} samples, got {folds}")
+
+
+# ---------------------------------------------------------------- leading patterns
+
+
+def fit_eof(fields: np.ndarray, weights: np.ndarray | float = 1.0, count: int | None = None, seed: int = 0) -> Statistics:
+    """Empirical orthogonal functions of `fields` `[n, *grid]` under `weights` (broadcastable to `grid`).
+
+    Args:
+      count: how many to keep; None keeps all that differ from zero.
+      seed: of the random start that is used for few patterns of a large record (Halko, Martinsson & Tropp 2011, alg. 4.4).
+
+    Returns:
+      `mean` and `weights` `[*grid]`, `basis` `[count, *grid]` in the units of the fields, `scale` `[count]`, the standard
+      deviation of each coefficient, and `share` `[count]` of the weighted variance.
+    """
+    n, grid = len(fields), fields.shape[1:]
+    if n < 2:
+        raise BadInput(f"fit_eof: expected at least 2 samples, got {n}")
+    weight = np.broadcast_to(np.asarray(weights, np.float32), grid).reshape(-1)
+    if not (weight > 0).all():
+        raise BadInput("fit_eof: expected weights above zero in every cell")
+    root = np.sqrt(weight)
+    mean = fields.mean(0, dtype=np.float64).astype(np.float32).reshape(-1)
+    y = fields.reshape(n, -1).astype(np.float32) - mean
+    y -= y.mean(0, dtype=np.float64).astype(np.float32)  # what the rounded mean left over would pass for a pattern of its own
+    y *= root
+    total = float(np.sum(y * y, dtype=np.float64))
+    size = min(n - 1, y.shape[1])
+    few = count is not None and size > 2000 and count < size // 10
+    right, singular = _randomised_right(y, count, seed) if few and count is not None else _right(y, count)
+    return {
+        "mean": mean.reshape(grid),
+        "weights": weight.reshape(grid).copy(),
+        "basis": (right / root).reshape((-1,) + grid),
+        "scale": (singular / np.sqrt(n - 1)).astype(np.float32),
+        "share": (singular**2 / max(total, np.finfo(np.float64).tiny)).astype(np.float32),
+    }
+
+
+def project(stat: Statistics, x: Array) -> Array:
+    """Coefficients `[..., count]` of fields `[..., *grid]`."""
+    ndim = stat["mean"].ndim
+    anomaly = (x - _lift(stat["mean"], x.ndim)) * _lift(stat["weights"], x.ndim)
+    count = stat["scale"].shape[0]
+    return matmul(anomaly.reshape(anomaly.shape[: anomaly.ndim - ndim] + (-1,)), stat["basis"].reshape(count, -1).T)
+
+
+def expand(stat: Statistics, coefficients: Array) -> Array:
+    """Fields `[..., *grid]` of coefficients `[..., count]`."""
+    x = _tensordot(coefficients, stat["basis"])
+    return x + _lift(stat["mean"], x.ndim)
+
+
+def _right(y: np.ndarray, count: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Right singular vectors `[count, features]` and singular values, by the smaller of the two Gram matrices."""
+    n, features = y.shape
+    wide = features > n
+    gram = np.zeros((min(n, features),) * 2)
+    for _, chunk in _chunks(y if wide else y.T):
+        gram += chunk @ chunk.T
+    value, vector = np.linalg.eigh(gram)
+    singular = np.sqrt(np.maximum(value[::-1], 0))
+    rank = int((singular[: n - 1] > 1e-6 * singular[0]).sum())
+    keep = rank if count is None else min(count, rank)
+    singular, vector = singular[:keep], vector[:, ::-1][:, :keep]
+    if not wide:
+        return vector.T.astype(np.float32), singular
+    left = (vector / np.maximum(singular, np.finfo(np.float64).tiny)).astype(np.float32)
+    return left.T @ y, singular
+
+
+def _randomised_right(y: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    start = np.random.default_rng(seed).normal(size=(y.shape[1], count + 10)).astype(np.float32)
+    q = np.linalg.qr(y @ start)[0]
+    for _ in range(4):
+        q = np.linalg.qr(y @ np.linalg.qr(y.T @ q)[0])[0]
+    _, singular, right = np.linalg.svd(q.T @ y, full_matrices=False)
+    return right[:count], singular[:count].astype(np.float64)
+
+
+# ---------------------------------------------------------------- products
+
+
+def _chunks(values: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Pieces of `values` `[n, ...]` in float64, `[n, cells]`, with the cells they cover."""
+    flat = values.reshape(len(values), -1)
+    for start in range(0, flat.shape[1], CHUNK):
+        cells = slice(start, start + CHUNK)
+        yield cells, flat[:, cells].astype(np.float64)
+
+
+def _lift(a: Array, ndim: int) -> Array:
+    """`a` with axes of length one in front, so that ranks agree without silent promotion."""
+    return a.reshape((1,) * (ndim - a.ndim) + a.shape)
+
+
+def _tensordot(a: Array, b: Array) -> Array:
+    """`a` `[..., k]` times `b` `[k, *grid]`, at full precision."""
+    return matmul(a, b.reshape(b.shape[0], -1)).reshape(a.shape[:-1] + b.shape[1:])

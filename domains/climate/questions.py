@@ -1,0 +1,259 @@
+"""Climate scenarios: the schema of a scenario file, and how a question becomes conditions and constraints."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+import pydantic
+import xarray as xr
+
+from domains.climate import sources
+from twinsim.base import Array, BadInput, Condition, Constraint, Exceedance, Observation, Question, Sample, Target
+from twinsim.scenario import Scenario, inside
+
+if TYPE_CHECKING:
+    from domains.climate.domain import Climate
+
+MOST_DAYS = 40_000  # in one scenario, about a century
+WINDOW = 15  # days either side of a date whose training days make a threshold
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Period(_Part):
+    """Days from `start` to `end`, both included, as ISO dates; `every` that many days."""
+
+    start: str = pydantic.Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
+    end: str = pydantic.Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
+    every: int = pydantic.Field(default=1, ge=1, le=366)
+
+
+class Box(_Part):
+    """A box in degrees; longitudes may be given east of Greenwich or on both sides of it."""
+
+    lat: tuple[float, float] = pydantic.Field(strict=False)
+    lon: tuple[float, float] = pydantic.Field(strict=False)
+
+
+class Impose(_Part):
+    """The mean of a variable over a box is above (or below) a quantile of the training days of that season."""
+
+    variable: str
+    box: Box
+    above_quantile: float | None = pydantic.Field(default=None, gt=0.5, lt=1)
+    below_quantile: float | None = pydantic.Field(default=None, gt=0, lt=0.5)
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> "Impose":
+        if (self.above_quantile is None) == (self.below_quantile is None):
+            raise ValueError("expected exactly one of above_quantile and below_quantile")
+        return self
+
+
+class Observe(_Part):
+    """A value measured at a place, with its standard error, in the variable's units; it holds on every day asked for."""
+
+    variable: str
+    lat: float = pydantic.Field(ge=-90, le=90)
+    lon: float = pydantic.Field(ge=-180, le=360)
+    value: float
+    error: float = pydantic.Field(gt=0)
+
+
+class Background(_Part):
+    """Where the coarse fields come from: the held-out days of the model's own data, or a CF file beside the scenario."""
+
+    held_out: bool = False
+    file: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> "Background":
+        if self.held_out == (self.file is not None):
+            raise ValueError("expected held_out: true or a file, one of them")
+        return self
+
+
+class ClimateScenario(Scenario):
+    """A question to a climate twin.
+
+    Attributes:
+      period: the days to draw. With a background, the days to take from it; all of them where it is left out.
+      sst_offset: warming of the sea surface, K, where the model was trained with one.
+      impose, observe: what every drawn day must keep.
+      background: coarse fields, where the model downscales.
+    """
+
+    period: Period | None = None
+    sst_offset: float | None = pydantic.Field(default=None, ge=-10, le=10)
+    impose: list[Impose] = pydantic.Field(default=[], max_length=8)
+    observe: list[Observe] = pydantic.Field(default=[], max_length=200)
+    background: Background | None = None
+
+
+def ask(domain: "Climate", scenario: ClimateScenario, folder: Path) -> Question:
+    """A checked scenario as conditions `[day, ...]` and constraints. Raises BadInput."""
+    if domain.background:
+        condition, coords = _from_background(domain, scenario, folder)
+    else:
+        if scenario.background:
+            raise BadInput(f"scenario {scenario.title!r}: background is for a model that downscales, {domain.name} does not")
+        condition, coords = _from_period(domain, scenario)
+    days = len(next(iter(coords.values()))[1])
+    if scenario.sst_offset is not None and domain.forcing != "sst_offset":
+        raise BadInput(f"scenario {scenario.title!r}: sst_offset is set, but {domain.name} was not trained with one")
+    if domain.forcing:
+        condition[domain.forcing] = np.full(days, scenario.sst_offset or 0.0, np.float32)
+    imposed = [_imposed(domain, each, condition) for each in scenario.impose]
+    for index, (_, _, threshold) in enumerate(imposed):
+        condition[f"threshold{index}"] = threshold
+    observed = [_observed(domain, each) for each in scenario.observe]
+    constrain, misses = _constraints(imposed, observed)
+    return Question(condition, scenario.members, coords, scenario.title, constrain, misses, _notes(domain, scenario))
+
+
+def _from_period(domain: "Climate", scenario: ClimateScenario) -> tuple[dict[str, Array], dict[str, Any]]:
+    if scenario.period is None:
+        raise BadInput(f"scenario {scenario.title!r}: expected a period of days to draw, got none")
+    try:
+        first, last = np.datetime64(scenario.period.start), np.datetime64(scenario.period.end)
+    except ValueError as error:
+        raise BadInput(f"scenario {scenario.title!r}: period: {error}") from error
+    count = int((last - first) / np.timedelta64(1, "D")) // scenario.period.every + 1
+    if last < first or count > MOST_DAYS:
+        raise BadInput(f"scenario {scenario.title!r}: period: expected 1 to {MOST_DAYS} days, got {first} to {last}")
+    time = (first + np.arange(count) * np.timedelta64(scenario.period.every, "D")).astype("datetime64[ns]")
+    stamps = xr.DataArray(time, dims="time")
+    condition: dict[str, Array] = {"day_of_year": sources.day_of_year(stamps).astype(np.float32)} if domain.season else {}
+    return condition, {"time": ("time", time)}
+
+
+def _from_background(domain: "Climate", scenario: ClimateScenario, folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    assert domain.background
+    if scenario.background is None:
+        raise BadInput(f"scenario {scenario.title!r}: {domain.name} downscales, so expected a background: held_out: true, or a file")
+    if scenario.background.held_out:
+        rows = domain.rows("test")
+        if scenario.period and domain.item == "time":
+            stamps = domain.dataset["time"].dt.strftime("%Y-%m-%d").values[rows]
+            rows = rows[(stamps >= scenario.period.start) & (stamps <= scenario.period.end)][:: scenario.period.every]
+        if not len(rows):
+            raise BadInput(f"scenario {scenario.title!r}: no held-out day lies in the period")
+        condition = dict(domain.conditions(rows))
+        axis = domain.dataset[domain.item].values[rows] if domain.item in domain.dataset.coords else rows
+        return condition, {domain.item: (domain.item, axis)}
+    path = inside(folder, scenario.background.file or "")
+    names = {name: {"units": quantity.units} for name, quantity in domain.quantities.items()}
+    period = (scenario.period.start, scenario.period.end) if scenario.period else None
+    coarse = sources.open_cf([path], names, period=period)
+    want = tuple(cells // domain.background.factor for cells in domain.shape)
+    condition = {}
+    for name, quantity in domain.quantities.items():
+        values = coarse[name].values.astype(np.float32)[:: scenario.period.every if scenario.period else 1]
+        if values.shape[1:] != want:
+            raise BadInput(f"background {path.name}: {name}: expected a grid of {want[0]} x {want[1]} cells, got {values.shape[1:]}")
+        if not np.isfinite(values).all():
+            raise BadInput(f"background {path.name}: {name}: {int((~np.isfinite(values)).sum())} values are missing, expected none")
+        condition[f"coarse_{name}"] = np.maximum(values, quantity.lower) if np.isfinite(quantity.lower) else values
+    time = coarse["time"][:: scenario.period.every if scenario.period else 1]
+    if domain.season:
+        condition["day_of_year"] = sources.day_of_year(time).astype(np.float32)
+    return condition, {"time": ("time", time.values)}
+
+
+def _imposed(domain: "Climate", impose: Impose, condition: Condition) -> tuple[float, Callable[[Sample], Array], np.ndarray]:
+    """Sign, area mean and the threshold of each day `[day]`, from training days of the season."""
+    if impose.variable not in domain.quantities:
+        raise BadInput(f"impose: variable {impose.variable!r}: expected one of {', '.join(domain.quantities)}")
+    weights = _box_weights(domain, impose.box)
+    rows = domain.rows("train")
+    series = (domain.dataset[impose.variable].values[rows] * weights).sum((1, 2))
+    level = impose.above_quantile if impose.above_quantile is not None else impose.below_quantile
+    if domain.season:
+        recorded = np.asarray(sources.day_of_year(domain.dataset["time"][rows]))
+        wanted = np.asarray(condition["day_of_year"])
+        apart = np.abs((recorded[None] - wanted[:, None] + 182.625) % 365.25 - 182.625)
+        threshold = np.array([np.quantile(series[near <= WINDOW], level) if (near <= WINDOW).any() else np.nan for near in apart])
+        if not np.isfinite(threshold).all():
+            raise BadInput(f"impose: no training day lies within {WINDOW} days of day {wanted[~np.isfinite(threshold)][0]:.0f} of the year")
+    else:
+        threshold = np.full(len(next(iter(condition.values()))), np.quantile(series, level))
+    sign = 1.0 if impose.above_quantile is not None else -1.0
+    return sign, lambda sample: jnp.sum(sample[impose.variable] * weights), threshold.astype(np.float32)
+
+
+def _box_weights(domain: "Climate", box: Box) -> np.ndarray:
+    """Area weights of the cells whose centres lie in the box, summing to one, `[y, x]`. Raises BadInput."""
+    latitude, longitude = positions(domain)
+    west, east = box.lon
+    across = (longitude - west) % 360 <= (east - west) % 360 if (east - west) % 360 else np.ones_like(longitude, bool)
+    chosen = (latitude >= box.lat[0]) & (latitude <= box.lat[1]) & across
+    if not chosen.any():
+        raise BadInput(f"box lat {list(box.lat)} lon {list(box.lon)}: no cell of the grid lies in it")
+    weights = np.where(chosen, domain.weights, 0.0)
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def positions(domain: "Climate") -> tuple[np.ndarray, np.ndarray]:
+    """Latitude and longitude of every cell, degrees, `[y, x]`. Raises BadInput where the data has none."""
+    data = domain.dataset
+    if "lat" in data.coords and "lon" in data.coords:
+        if data["lat"].ndim == 2:
+            return data["lat"].values, data["lon"].values
+        latitude, longitude = np.meshgrid(data["lat"].values, data["lon"].values, indexing="ij")
+        return latitude, longitude
+    raise BadInput(f"{domain.name}: the data has no latitude and longitude, so no place can be named")
+
+
+def _observed(domain: "Climate", observe: Observe) -> tuple[Callable[[Sample], Array], float, float]:
+    if observe.variable not in domain.quantities:
+        raise BadInput(f"observe: variable {observe.variable!r}: expected one of {', '.join(domain.quantities)}")
+    latitude, longitude = positions(domain)
+    east = np.deg2rad(longitude - observe.lon)
+    here, there = np.deg2rad(observe.lat), np.deg2rad(latitude)
+    closeness = np.sin(here) * np.sin(there) + np.cos(here) * np.cos(there) * np.cos(east)
+    y, x = np.unravel_index(np.argmax(closeness), closeness.shape)
+    return lambda sample: sample[observe.variable][y, x], observe.value, observe.error
+
+
+def _constraints(imposed: Sequence[Any], observed: Sequence[Any]) -> tuple[Any, Any]:
+    """The two functions of a question: constraints while sampling, and how far a finished sample misses them."""
+    if not imposed and not observed:
+        return None, None
+
+    def constrain(decode: Callable[[Target], Sample], condition: Condition) -> list[Constraint]:
+        made: list[Constraint] = []
+        if observed:
+            values, errors = (jnp.array([each[i] for each in observed]) for i in (1, 2))
+            made.append(Observation(lambda target: jnp.stack([each[0](decode(target)) for each in observed]), values, errors))
+        for index, (sign, mean, _) in enumerate(imposed):
+            threshold = sign * condition[f"threshold{index}"]
+            made.append(Exceedance(lambda target, sign=sign, mean=mean: sign * mean(decode(target)), threshold))
+        return made
+
+    def misses(sample: Sample, condition: Condition) -> Array:
+        gaps = [sign * (condition[f"threshold{index}"] - mean(sample)) for index, (sign, mean, _) in enumerate(imposed)]
+        gaps += [jnp.abs(of(sample) - value) - 3 * error for of, value, error in observed]
+        return jnp.maximum(jnp.max(jnp.stack(gaps)), 0.0)
+
+    return constrain, misses
+
+
+def _notes(domain: "Climate", scenario: ClimateScenario) -> list[str]:
+    notes = []
+    if not domain.background:
+        notes.append("Each day is drawn on its own: statistics of single days hold, a sequence of days is no weather history.")
+    if domain.forcing and scenario.sst_offset is not None:
+        values = domain.dataset[domain.forcing].values[domain.rows("train")]
+        if not values.min() <= scenario.sst_offset <= values.max():
+            notes.append(
+                f"A warming of {scenario.sst_offset:+g} K lies outside the training data ({values.min():+g} to {values.max():+g} K): "
+                "the mean response is extrapolated linearly, the variability is that of the nearest warming seen."
+            )
+    if scenario.observe:
+        notes.append("An observation counts as kept when the drawn value lies within three standard errors of it.")
+    return notes
+

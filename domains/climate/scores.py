@@ -1,0 +1,242 @@
+"""The judge of the climate domain: which scores a generated ensemble earns on held-out truth, variable by variable.
+
+Definitions are those of `twinsim.metrics`. Distributions are judged on anomalies from the training climatology, so that the
+seasonal cycle, which every competitor is given, does not hide what differs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from domains.climate import grid, means, physics
+from twinsim import metrics
+from twinsim.base import Condition, Sample, Score, Scores
+
+if TYPE_CHECKING:
+    from domains.climate.domain import Climate
+
+GEOSTROPHIC = ("zg500", "ta500", "ps", "ua500")  # what the balance of wind and mass needs
+HECTOPASCAL = 100.0  # Pa
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What is scored.
+
+    Attributes:
+      block: days that follow one another and may depend on one another, for the bootstrap; 1 for independent samples.
+      pooled: generated samples at most in scores of the whole distribution (sliced Wasserstein, quantiles, memory).
+      remembered: members drawn for training samples in the test of memory.
+      period: return period in blocks of `days` consecutive days.
+    """
+
+    block: int = 10
+    pooled: int = 1000
+    remembered: int = 8
+    period: float = 20.0
+    days: int = 30
+
+
+def score(domain: "Climate", generated: Sample, truth: Sample, condition: Condition) -> Scores:
+    """Scores of `generated` `[member, n, y, x]` by `truth` `[n, y, x]`; conditions `[n, ...]`."""
+    table: dict[str, Score] = {}
+    curves: dict[str, np.ndarray] = {}
+    for name in domain.quantities:
+        _score_ensemble(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), table, curves)
+    if domain.background:
+        for name in domain.quantities:
+            _score_downscaling(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), condition, table)
+    else:
+        climatology = training_climatology(domain, condition)
+        for name in domain.quantities:
+            _score_distribution(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), climatology[name], table)
+        if domain.forcing:
+            _score_change(domain, generated, truth, climatology, table)
+    if set(GEOSTROPHIC) <= set(domain.quantities):
+        _score_balance(domain, generated, table)
+    names = list(domain.quantities)
+    for first, second in zip(names, names[1:], strict=False):
+        a, b = (pool(np.asarray(generated[v]), domain.judge.pooled) for v in (first, second))
+        error = metrics.correlation_error((a, b), (np.asarray(truth[first]), np.asarray(truth[second])))
+        table[f"{first}, {second}: correlation error"] = Score(error, 0.0)
+    return Scores(table, curves)
+
+
+def pool(ensemble: np.ndarray, most: int) -> np.ndarray:
+    """Members and items as one set of at most `most` samples, evenly picked."""
+    flat = ensemble.reshape(-1, *ensemble.shape[2:])
+    return flat if len(flat) <= most else flat[np.linspace(0, len(flat) - 1, most).round().astype(int)]
+
+
+def training_climatology(domain: "Climate", condition: Condition) -> Mapping[str, np.ndarray]:
+    """Seasonal mean of the training split at no forcing, for the days of `condition`, `[n, y, x]`."""
+    rows = domain.rows("train")
+    days, forcing = np.zeros(len(rows), np.float32), None
+    recorded = domain.conditions(rows) if domain.season or domain.forcing else {}
+    days = np.asarray(recorded.get("day_of_year", days))
+    forcing = np.asarray(recorded[domain.forcing]) if domain.forcing else None
+    items = len(next(iter(condition.values()))) if condition else 1
+    wanted = np.asarray(condition.get("day_of_year", np.zeros(items, np.float32)))
+    truth = domain.truth(rows)
+    return {name: np.asarray(means.harmonics(means.fit_harmonics(truth[name], days, forcing), wanted)) for name in domain.quantities}
+
+
+def spectrum(domain: "Climate", fields: np.ndarray) -> np.ndarray:
+    """Power by wavenumber `[..., k]`: zonal on the globe, radial on a limited area."""
+    if domain.periodic[1]:
+        return metrics.zonal_spectrum(fields, domain.dataset[domain.dims[0]].values)
+    return metrics.radial_spectrum(fields)
+
+
+def _score_ensemble(domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, table: dict, curves: dict) -> None:
+    units, weights, block = domain.quantities[name].units, domain.weights, domain.judge.block
+    squared = metrics.squared_error(ensemble, truth, weights)
+    table[f"{name}: RMSE of the mean"] = metrics.interval(squared, metrics.rmse, block=block, units=units)
+    table[f"{name}: CRPS"] = metrics.interval(metrics.crps(ensemble, truth, weights), block=block, units=units)
+    table[f"{name}: energy score"] = metrics.interval(metrics.energy_score(ensemble, truth, weights), block=block, units=units)
+    if len(ensemble) > 1:
+        spread = metrics.variance(ensemble, weights)
+        ratio = metrics.spread_skill_ratio(len(ensemble))
+        table[f"{name}: spread-skill ratio"] = metrics.interval([spread, squared], ratio, block=block, ideal=1.0)
+        ranks = metrics.rank_counts(ensemble, truth)
+        table[f"{name}: rank deviation"] = metrics.interval(ranks, metrics.rank_deviation, block=block)
+        curves[f"ranks/{name}"] = ranks.mean(0)
+    power, reference = spectrum(domain, ensemble).mean(0), spectrum(domain, truth)
+    table[f"{name}: log-spectral distance"] = metrics.interval([power, reference], metrics.log_spectral_distance, block=block, units="dB")
+    curves[f"spectrum/{name}"] = power.mean(0)
+    curves[f"spectrum of truth/{name}"] = reference.mean(0)
+    curves[f"quantiles/{name}"] = np.quantile(pool(ensemble, domain.judge.pooled), QUANTILES)
+    curves[f"quantiles of truth/{name}"] = np.quantile(truth, QUANTILES)
+
+
+def _score_downscaling(domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, condition: Condition, table: dict) -> None:
+    assert domain.background
+    quantity, block = domain.quantities[name], domain.judge.block
+    coarse = np.asarray(condition[f"coarse_{name}"])
+    mismatch = np.stack([(grid.coarsen(ensemble[:, i], domain.background.factor) - coarse[i]) ** 2 for i in range(len(truth))])
+    table[f"{name}: coarse RMSE"] = metrics.interval(mismatch.mean((1, 2, 3)), metrics.rmse, block=block, units=quantity.units)
+    if quantity.wet:
+        wet = [metrics.exceedance(ensemble, quantity.wet), metrics.exceedance(truth[None], quantity.wet)]
+        table[f"{name}: wet fraction ratio"] = metrics.interval(wet, metrics.ratio, block=block, ideal=1.0)
+        for level, label in ((0.99, "99 % quantile ratio"), (0.999, "99.9 % quantile ratio")):
+            table[f"{name}: {label}"] = _bootstrap_ratio(ensemble, truth, level, block)
+    else:
+        flat = ensemble.reshape(-1, *truth.shape[1:])
+        for level, label in ((0.01, "1 % quantile error"), (0.99, "99 % quantile error")):
+            table[f"{name}: {label}"] = Score(metrics.quantile_error(flat, truth, level, domain.weights), 0.0, quantity.units)
+    _score_return_level(domain, name, ensemble, truth, table)
+
+
+def _bootstrap_ratio(ensemble: np.ndarray, truth: np.ndarray, level: float, block: int, draws: int = 100) -> Score:
+    """Ratio of pooled quantiles with an interval from resampled days; few draws, since each sorts every value."""
+    value = metrics.pooled_quantile_ratio(ensemble, truth, level)
+    if len(truth) < 3 * block:
+        return Score(value, 1.0)
+    few = ensemble[: max(1, min(len(ensemble), 4))]
+    rows = metrics.block_rows(len(truth), block, draws, 0)
+    drawn = [metrics.pooled_quantile_ratio(few[:, r], truth[r], level) for r in rows]
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return Score(value, 1.0, "", float(low), float(high))
+
+
+def _score_distribution(domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, climatology: np.ndarray, table: dict) -> None:
+    weights, most = domain.weights, domain.judge.pooled
+    generated, reference = pool(ensemble - climatology, most), truth - climatology
+    table[f"{name}: sliced Wasserstein"] = _resampled(
+        lambda g, r: metrics.sliced_wasserstein(g, r, weights), generated, reference, domain.judge.block, draws=20
+    )
+    for level, label in ((0.01, "1 % quantile error / sd"), (0.99, "99 % quantile error / sd")):
+        table[f"{name}: {label}"] = _resampled(
+            lambda g, r, level=level: metrics.quantile_error(g, r, level, relative=True), generated, reference, domain.judge.block, draws=20
+        )
+    deviation = float((generated.std(0) / (reference.std(0) + 1e-9)).mean())
+    table[f"{name}: deviation ratio"] = Score(deviation, 1.0)
+    table[f"{name}: spatial correlation error"] = Score(metrics.spatial_correlation_error(generated, reference), 0.0)
+    _score_return_level(domain, name, ensemble, truth, table)
+
+
+def _resampled(statistic, generated: np.ndarray, reference: np.ndarray, block: int, draws: int) -> Score:
+    """A statistic of two sets with an interval from resampling the generated set, whose size is our choice.
+
+    The truth is one record; its own sampling error is the same for all competitors and shows in the bootstrap baseline.
+    """
+    value = statistic(generated, reference)
+    rows = metrics.block_rows(len(generated), 1, draws, 0)
+    drawn = [statistic(generated[r], reference) for r in rows]
+    centre = float(np.mean(drawn)) - value  # a resample repeats samples, which adds a distance of its own
+    low, high = np.percentile(drawn, (2.5, 97.5)) - centre
+    return Score(value, 0.0, "", float(low), float(high))
+
+
+def _score_return_level(domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, table: dict) -> None:
+    """Return level of maxima over blocks of days, generated less true; the interval covers the error of both."""
+    days, period = domain.judge.days, domain.judge.period
+    count = len(truth) // days
+    if count < 5 or domain.item != "time":
+        return
+    coarse = max(1, min(domain.shape) // 12)  # a dozen cells across suffice, and keep the fits quick
+    at = (slice(None), slice(None, None, coarse), slice(None, None, coarse))
+    of_truth = truth[: count * days].reshape(count, days, *truth.shape[1:]).max(1)[at]
+    each = ensemble[:, : count * days].reshape(len(ensemble) * count, days, *truth.shape[1:]).max(1)[:200][at]
+    units = domain.quantities[name].units
+    drawn, true = (metrics.return_level_score(m, period, weights=domain.weights[at[1:]], draws=50, units=units) for m in (each, of_truth))
+    table[f"{name}: {period:g}-block return level error"] = Score(
+        drawn.value - true.value, 0.0, units, drawn.low - true.high, drawn.high - true.low
+    )
+
+
+def _score_change(domain: "Climate", generated: Sample, truth: Sample, climatology: Mapping[str, np.ndarray], table: dict) -> None:
+    """The response to the forcing, from the climatology at no forcing: its global mean and its pattern."""
+    weights, block = domain.weights, domain.judge.block
+    for name, quantity in domain.quantities.items():
+        members = np.asarray(generated[name]).mean(0) - climatology[name]
+        true = np.asarray(truth[name]) - climatology[name]
+        area = weights / weights.sum()
+        series = [(members * area).sum((1, 2)), (true * area).sum((1, 2))]
+        table[f"{name}: change of the mean, ratio"] = metrics.interval(series, metrics.ratio, block=block, ideal=1.0)
+
+        def pattern(a: np.ndarray, b: np.ndarray) -> float:
+            return float(np.sqrt(((a - b) ** 2 * area).sum()))
+
+        table[f"{name}: pattern error of the change"] = metrics.interval(
+            [members, true], pattern, block=block, units=quantity.units, draws=100
+        )
+
+
+def _score_balance(domain: "Climate", generated: Sample, table: dict) -> None:
+    """Geostrophic balance and mass of generated states; the ideal is the truth's own figure, given in the documentation."""
+    latitude = domain.dataset[domain.dims[0]].values
+    pick = {name: pool(np.asarray(generated[name]), 200) for name in GEOSTROPHIC}
+    zg, ta, ps, ua = (pick[name] for name in GEOSTROPHIC)
+    wind = np.stack([physics.geostrophic_wind(*each, latitude) for each in zip(zg, ta, ps, strict=True)])
+    inside = (np.abs(latitude) > physics.MID_LATITUDES[0]) & (np.abs(latitude) < physics.MID_LATITUDES[1])
+    u, balanced = ua[:, inside], wind[:, inside]
+    table["geostrophic residual"] = Score(float(np.sqrt(((u - balanced) ** 2).mean()) / u.std()), 0.0)
+    table["correlation with the geostrophic wind"] = Score(float(np.corrcoef(u.ravel(), balanced.ravel())[0, 1]), 1.0)
+    mass = (ps.astype(np.float64) * domain.weights).mean((1, 2))
+    table["deviation of global mean pressure"] = Score(float(mass.std() / HECTOPASCAL), 0.0, "hPa")
+
+
+def membership(domain: "Climate", drawn: Mapping[str, tuple[Sample, Sample]]) -> Score:
+    """Whether samples betray what the generator was trained on: AUC of telling training days from held-out days.
+
+    Args:
+      drawn: "train" and "held out" -> (generated `[member, n, ...]`, truth `[n, ...]`) for days of that split.
+    """
+    scaled = {}
+    spread = {name: np.asarray(drawn["train"][1][name]).std() + 1e-12 for name in domain.quantities}
+
+    def stacked(sample: Sample) -> np.ndarray:
+        return np.stack([np.asarray(sample[name], np.float32) / spread[name] for name in domain.quantities], axis=-1)
+
+    for split, (generated, truth) in drawn.items():
+        ensemble, recorded = stacked(generated), stacked(truth)
+        if domain.background:
+            scaled[split] = metrics.nearest_member_distance(ensemble, recorded)
+        else:
+            every = np.concatenate([pool(stacked(g), domain.judge.pooled) for g, _ in drawn.values()])
+            scaled[split] = metrics.nearest_distance(recorded, every)
+    return metrics.membership_auc(scaled["train"], scaled["held out"], block=domain.judge.block)

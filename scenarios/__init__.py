@@ -1,0 +1,1 @@
+"""The scenarios that come with twinsim: one YAML file a question, found by `importlib.resources`."""

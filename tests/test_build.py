@@ -1,0 +1,203 @@
+"""Objects from config: only ours and optax's are built, and everything is checked before anything is."""
+
+import functools
+import sys
+import types
+
+import numpy as np
+import optax
+import pytest
+from omegaconf import OmegaConf
+
+from twinsim.base import BadInput, Bounds, Variable
+from twinsim.build import build, config_hash, resolve
+
+VARIABLE = {"_target_": "twinsim.base.Variable", "dims": ["lat"], "units": "K", "long_name": "temperature"}
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """A module `generators.parts_for_test` that counts what is built."""
+    module = types.ModuleType("generators.parts_for_test")
+    source = """
+import functools, os, subprocess
+from pathlib import Path
+from numpy import load
+built = []
+class Leaf:
+    def __init__(self, size, depth=1): built.append(self); self.size, self.depth = size, depth
+class Tree:
+    def __init__(self, left, right=None, *, name="tree"): built.append(self); self.left, self.right, self.name = left, right, name
+    @classmethod
+    def pair(cls, leaf): return cls(leaf, leaf)
+def fails(): raise ValueError("the reason\\nand more")
+later = functools.partial(os.system, "true")
+number = 3
+"""
+    exec(source, module.__dict__)
+    import generators
+
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(generators, "parts_for_test", module, raising=False)
+    return module
+
+
+HERE = "generators.parts_for_test"
+
+HOSTILE = [
+    "os.system",
+    "builtins.eval",
+    "eval",
+    "",
+    ".",
+    "subprocess.run",
+    "pickle.loads",
+    "numpy.load",
+    "pathlib.Path",
+    "hydra.utils.instantiate",
+    "hydra.utils.get_method",
+    "twinsimx.base.Variable",
+    "twinsim",
+    "twinsim.base",
+    "twinsim.base.np.load",
+    "twinsim.base.np.ctypeslib.load_library",
+    "twinsim.base.Path",
+    "twinsim.base.jax.device_get",
+    "twinsim.base.Array",
+    "twinsim.base.Variable.__init__",
+    "twinsim.base.Variable.__class__.__base__.__subclasses__",
+    "twinsim.base.Variable.mro",
+    "twinsim.base.__loader__.load_module",
+    "twinsim..base.Variable",
+    "twinsim.base.Variable ",
+    "twinsim.base.Vаriable",  # a Cyrillic a
+    "twinsim.build.build",
+    "twinsim.build.instantiate",
+    "twinsim.build.importlib.import_module",
+    "twinsim.build.os.system",
+    "twinsim.record.write",
+    "twinsim.scenario.os.system",
+    f"{HERE}.os.system",
+    f"{HERE}.subprocess.run",
+    f"{HERE}.Path",
+    f"{HERE}.load",
+    f"{HERE}.later",
+    f"{HERE}.number",
+    "optax._src.base.jax.device_get",
+    "optax.jax.device_get",
+    "optax.losses.jnp.load",
+    "${oc.env:HOME}",
+    "twinsim.base.${x}",
+    3,
+    None,
+    ["os", "system"],
+    {"a": 1},
+    print,
+]
+
+
+@pytest.mark.parametrize("target", HOSTILE, ids=str)
+def test_hostile_targets_are_refused(parts, target):
+    with pytest.raises(BadInput, match="^config"):
+        build({"_target_": target})
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda bad: {"_target_": f"{HERE}.Tree", "left": {"_target_": f"{HERE}.Leaf", "size": 1}, "right": bad},
+        lambda bad: {"_target_": f"{HERE}.Tree", "left": [{"_target_": f"{HERE}.Leaf", "size": 1}, [bad]]},
+        lambda bad: {"_target_": f"{HERE}.Tree", "left": {"deep": {"deeper": (1, bad)}}},
+        lambda bad: {"_target_": f"{HERE}.Tree", "_args_": [{"_target_": f"{HERE}.Leaf", "size": 1}, bad]},
+        lambda bad: {"_target_": f"{HERE}.Tree", "left": bad, "_recursive_": False},
+        lambda bad: {"_target_": f"{HERE}.Tree", "left": bad, "_partial_": True},
+    ],
+)
+@pytest.mark.parametrize("bad", [{"_target_": "os.system", "command": "true"}, "${oc.env:HOME}", {"_call_": 1}, {3: 4}])
+def test_nothing_is_built_when_a_nested_part_is_refused(parts, wrap, bad):
+    with pytest.raises(BadInput):
+        build(wrap(bad))
+    assert parts.built == []
+
+
+def test_omegaconf_nested_in_a_plain_table_is_refused(parts):
+    with pytest.raises(BadInput, match="OmegaConf node"):
+        build({"_target_": f"{HERE}.Leaf", "size": OmegaConf.create({"a": "${oc.env:HOME}"})})
+
+
+def test_deep_nesting_ends_in_a_sentence():
+    node = {}
+    for _ in range(5000):
+        node = {"a": node}
+    with pytest.raises(BadInput, match="at most 32 levels"):
+        build({"_target_": "twinsim.base.Variable", "dims": node})
+    with pytest.raises(BadInput, match="at most 32 levels"):
+        config_hash(node)
+
+
+def test_builds_nested_lists_and_partials(parts):
+    tree = build({"_target_": f"{HERE}.Tree", "left": [{"_target_": f"{HERE}.Leaf", "size": 1}], "name": "x"}, right=(1, 2))
+    assert (tree.left[0].size, tree.right, tree.name) == (1, (1, 2), "x")
+    make = build({"_target_": f"{HERE}.Leaf", "_partial_": True, "depth": 4})
+    assert isinstance(make, functools.partial) and make(size=2).depth == 4
+    assert build({"_target_": f"{HERE}.Tree", "_args_": [1, 2]}).right == 2
+    assert build({"_target_": f"{HERE}.Tree.pair", "leaf": 5}).right == 5
+
+
+def test_run_time_arguments_arrive_untouched_and_win(parts):
+    lower, variable = np.zeros(3), Variable((), "K", "t")
+    assert build({"_target_": "twinsim.base.Bounds", "upper": 1.0}, lower=lower).lower is lower
+    assert build({"_target_": f"{HERE}.Leaf", "size": 1}, size=variable).size is variable
+    assert build({"_target_": f"{HERE}.Leaf", "size": 1}, size={"_target_": "os.system"}).size == {"_target_": "os.system"}  # never built
+
+
+def test_omegaconf_resolves_and_matches_plain():
+    config = OmegaConf.create({"units": "K", "node": {**VARIABLE, "units": "${units}"}})
+    assert build(config.node) == build(VARIABLE)
+    assert build(VARIABLE) == Variable(["lat"], "K", "temperature")
+    assert isinstance(build({"_target_": "twinsim.base.Bounds", "lower": 0.0, "upper": 1.0}), Bounds)
+    assert isinstance(build({"_target_": "optax.adamw", "learning_rate": 1e-3}), optax.GradientTransformation)
+    with pytest.raises(BadInput, match="config: "):
+        build(OmegaConf.create({"_target_": "optax.sgd", "learning_rate": "${nowhere}"}))
+    with pytest.raises(BadInput, match="config: "):
+        build(OmegaConf.create({"_target_": "optax.sgd", "learning_rate": "???"}))
+
+
+@pytest.mark.parametrize(
+    ("node", "says"),
+    [
+        ({"_target_": "twinsim.base.Variabel"}, "twinsim.base has no 'Variabel', did you mean twinsim.base.Variable?"),
+        ({"_target_": "twinsim.bse.Variable"}, "twinsim has no 'bse', did you mean twinsim.base?"),
+        ({"_target_": "optax.admw"}, "did you mean optax.ad"),
+        ({**VARIABLE, "unit": "K"}, "twinsim.base.Variable has no argument 'unit', did you mean 'units'? It takes dims, units, long_name"),
+        ({"_target_": "twinsim.base.Variable", "dims": []}, "missing a required argument: 'units', it takes dims, units"),
+        ({"_target_": "optax.sgd", "learning_rate": 1, "_args_": 3}, "expected a list as `_args_`"),
+        ({"_target_": "optax.sgd", "_args_": [1], "learning_rate": 1}, "multiple values for argument 'learning_rate'"),
+        ({"_target_": f"{HERE}.Tree", "left": {"_target_": f"{HERE}.fails"}}, "could not be built, the reason"),
+        ({"units": "K"}, "expected a table with a `_target_`"),
+        ([VARIABLE], "expected a table with a `_target_`"),
+    ],
+)
+def test_wrong_names_and_arguments_are_one_sentence(parts, node, says):
+    with pytest.raises(BadInput) as caught:
+        build(node)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_package_is_named(parts, monkeypatch, tmp_path):
+    import generators
+
+    (tmp_path / "needs_more.py").write_text("import a_package_that_is_nowhere\n")
+    monkeypatch.setattr(generators, "__path__", [*generators.__path__, str(tmp_path)])
+    with pytest.raises(BadInput, match="needs the package 'a_package_that_is_nowhere'"):
+        resolve("generators.needs_more.Net")
+
+
+def test_config_hash():
+    config = {"a": 1, "b": {"c": [1.5, None, True], "d": "é"}}
+    assert config_hash(config) == "46d5b27088" == config_hash({"b": {"d": "é", "c": (1.5, None, True)}, "a": np.int64(1)})
+    assert config_hash(OmegaConf.create({"a": 1, "b": "${a}"})) == config_hash({"a": 1, "b": 1})
+    assert len({config_hash(one) for one in ({"a": 1}, {"a": 2}, {"a": "1"}, {"a": True}, {"b": 1}, {"a": [1]}, {})}) == 7
+    for wrong in ({"a": float("nan")}, {"a": {1: 2}}, {"a": object()}, {"a": b"x"}):
+        with pytest.raises(BadInput, match="^config"):
+            config_hash(wrong)

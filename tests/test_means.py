@@ -1,0 +1,138 @@
+"""Climatology, regression and patterns recover what made the data; predictions of unseen days do not see them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from domains.climate import means
+from twinsim.base import BadInput
+
+RANDOM = np.random.default_rng(11)
+DAYS = np.arange(1460) % 365.25
+
+
+def test_harmonics_recover_a_seasonal_cycle():
+    phase = 2 * np.pi * DAYS[:, None, None] / 365.25
+    mean, amplitude, second = RANDOM.normal(size=(3, 3, 4))
+    truth = 280 + mean + amplitude * np.cos(phase - 0.4) + second * np.sin(2 * phase)
+    stat = means.fit_harmonics(truth, DAYS)
+    np.testing.assert_allclose(means.harmonics(stat, DAYS), truth, atol=1e-4)  # float32 of 280 K
+    one = jax.jit(lambda day: means.harmonics(stat, day))(jnp.float32(DAYS[5]))
+    np.testing.assert_allclose(one, truth[5], atol=1e-4)
+
+
+def test_the_response_to_warming_is_recovered_and_extrapolated():
+    offset = RANDOM.choice([-1.0, 0.0, 1.0], len(DAYS))
+    pattern, swing = RANDOM.normal(size=(2, 3, 4))
+    phase = 2 * np.pi * DAYS[:, None, None] / 365.25
+    values = 5 + np.cos(phase) + offset[:, None, None] * (pattern + swing * np.sin(phase))
+    stat = means.fit_harmonics(values, DAYS, offset)
+    day = 40.0
+    expected = 5 + np.cos(2 * np.pi * day / 365.25) + 3.0 * (pattern + swing * np.sin(2 * np.pi * day / 365.25))
+    np.testing.assert_allclose(means.harmonics(stat, day, 3.0), expected, atol=1e-4)
+    np.testing.assert_allclose(means.harmonics(stat, day), means.harmonics(stat, day, 0.0))
+
+
+def test_a_forcing_that_never_changes_has_no_response():
+    stat = means.fit_harmonics(RANDOM.normal(size=(400, 2)), DAYS[:400], np.ones(400))
+    assert (stat["response"] == 0).all()
+
+
+def test_a_winter_record_gets_a_climatology_that_stays_near_the_data():
+    winter = np.flatnonzero((DAYS < 60) | (DAYS > 335))
+    values = 10 + RANDOM.normal(size=(len(winter), 5))
+    clim = means.harmonics(means.fit_harmonics(values, DAYS[winter]), DAYS[winter])
+    assert np.abs(clim - 10).max() < 0.5  # 400 days: four coefficients of about 1/20 each
+
+
+def test_harmonics_refuse_days_of_another_length():
+    with pytest.raises(BadInput, match="one day of year"):
+        means.fit_harmonics(np.zeros((5, 2)), np.zeros(4))
+
+
+def test_ridge_recovers_a_linear_law():
+    x = RANDOM.normal(size=(400, 6)) * [1, 10, 0.1, 1, 1, 1] + 270
+    a = RANDOM.normal(size=(6, 2, 3)) / np.array([1, 10, 0.1, 1, 1, 1])[:, None, None]
+    y = np.tensordot(x - 270, a, axes=1) + 4
+    stat, out_of_fold = means.fit_ridge(x, y, penalty=1e-8)
+    np.testing.assert_allclose(means.predict_ridge(stat, x), y, atol=2e-3)  # float32 of predictors near 270
+    np.testing.assert_allclose(out_of_fold, y, atol=1e-4)
+    traced = jax.jit(lambda v: means.predict_ridge(stat, v))(jnp.asarray(x[0], jnp.float32))
+    np.testing.assert_allclose(traced, y[0], atol=2e-3)
+    np.testing.assert_allclose(means.predict_ridge(stat, jnp.asarray(x[:3], jnp.float32)), y[:3], atol=2e-3)
+
+
+def test_ridge_is_the_normal_equations_with_a_relative_penalty():
+    x, y = RANDOM.normal(size=(50, 4)), RANDOM.normal(size=(50, 3))
+    stat, _ = means.fit_ridge(x, y, penalty=0.3)
+    z = (x - x.mean(0)) / x.std(0)
+    gram = z.T @ z
+    expected = np.linalg.solve(gram + 0.3 * np.trace(gram) / 4 * np.eye(4), z.T @ (y - y.mean(0)))
+    np.testing.assert_allclose(stat["coefficients"], expected, atol=1e-5)
+
+
+def test_out_of_fold_predictions_do_not_see_their_day():
+    x, y = RANDOM.normal(size=(60, 40)), RANDOM.normal(size=(60, 1))  # nothing to learn, much to remember
+    stat, out_of_fold = means.fit_ridge(x, y, penalty=1e-6, folds=5)
+    assert np.corrcoef(means.predict_ridge(stat, x)[:, 0], y[:, 0])[0, 1] > 0.7
+    assert abs(np.corrcoef(out_of_fold[:, 0], y[:, 0])[0, 1]) < 0.4  # 60 days: three standard errors
+    changed = y.copy()
+    changed[:12] += 100.0  # the first of five folds
+    np.testing.assert_array_equal(means.fit_ridge(x, changed, penalty=1e-6, folds=5)[1][:12], out_of_fold[:12])
+
+
+def test_ridge_refuses_more_folds_than_days():
+    with pytest.raises(BadInput, match="folds"):
+        means.fit_ridge(np.zeros((3, 1)), np.zeros((3, 1)), 0.1, folds=5)
+
+
+def test_local_ridge_recovers_a_law_of_neighbouring_cells():
+    coarse = RANDOM.normal(size=(500, 2, 3, 4))
+    east = np.roll(coarse[:, 1], -1, axis=-1)  # periodic in x: the last column looks at the first
+    fine = np.repeat(np.repeat(2 * coarse[:, 0] - east, 2, axis=1), 2, axis=2) + 7.0
+    fine = np.stack([fine, -fine], axis=1)  # two variables
+    stat, out_of_fold = means.fit_local_ridge(coarse, fine, penalty=1e-7)
+    np.testing.assert_allclose(out_of_fold, fine, atol=1e-3)
+    np.testing.assert_allclose(means.predict_local_ridge(stat, coarse), fine, atol=1e-3)
+    traced = jax.jit(lambda v: means.predict_local_ridge(stat, v))(jnp.asarray(coarse[3], jnp.float32))
+    np.testing.assert_allclose(traced, fine[3], atol=1e-3)
+
+
+def test_local_ridge_of_one_cell_is_the_ridge():
+    coarse, fine = RANDOM.normal(size=(80, 1, 1, 1)), RANDOM.normal(size=(80, 2, 2))
+    _, local = means.fit_local_ridge(coarse, fine, 0.1, periodic=(False, False))
+    # the same predictor nine times: the penalty, relative to the mean diagonal, counts a ninth
+    _, plain = means.fit_ridge(coarse.reshape(80, 1), fine, 0.1 / 9)
+    np.testing.assert_allclose(local, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(30, 2, 4, 5), (90, 3, 4)])
+def test_eof_expands_what_it_projects_and_has_unit_weighted_patterns(shape):
+    x = RANDOM.normal(size=shape).astype(np.float32) + 280
+    weights = RANDOM.uniform(0.2, 1.0, size=shape[-2:]).astype(np.float32)
+    stat = means.fit_eof(x, weights)
+    coefficients = means.project(stat, x)
+    np.testing.assert_allclose(means.expand(stat, coefficients), x, atol=2e-3)
+    np.testing.assert_allclose(coefficients.std(0, ddof=1), stat["scale"], rtol=1e-3)
+    flat = (stat["basis"] * np.sqrt(weights)).reshape(len(stat["scale"]), -1)
+    np.testing.assert_allclose(flat @ flat.T, np.eye(len(flat)), atol=2e-3)
+    assert stat["share"].sum() == pytest.approx(1.0, abs=1e-4)
+    traced = jax.jit(lambda v: means.expand(stat, means.project(stat, v)))(jnp.asarray(x[1]))
+    np.testing.assert_allclose(traced, x[1], atol=2e-3)
+
+
+def test_few_eofs_are_those_of_the_singular_value_decomposition():
+    x = RANDOM.normal(size=(40, 6)) * [5, 3, 1, 1, 1, 1]
+    stat = means.fit_eof(x.astype(np.float32), 1.0, count=2)
+    _, s, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    np.testing.assert_allclose(stat["scale"], s[:2] / np.sqrt(39), rtol=1e-5)
+    np.testing.assert_allclose(np.abs((stat["basis"] * v[:2]).sum(1)), 1.0, atol=1e-5)
+
+
+def test_randomised_patterns_are_the_exact_ones_where_the_spectrum_falls():
+    y = (RANDOM.normal(size=(200, 40)) * 0.7 ** np.arange(40)).astype(np.float32)
+    right, singular = means._randomised_right(y, 5, seed=0)
+    exact, values = means._right(y, 5)
+    np.testing.assert_allclose(singular, values, rtol=1e-3)
+    np.testing.assert_allclose(np.abs((right * exact).sum(1)), 1.0, atol=1e-3)

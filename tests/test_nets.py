@@ -1,0 +1,157 @@
+"""Backbones: shapes for every grid, what they are before training, and the symmetries they must have."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from generators.nets import Conv, DiT, HiddenBlock, ResidualMLP, TransformerBlock, UNet, drop, enlarge, from_patches, halve, to_patches
+from twinsim.base import BadInput, Spec
+
+KEY = jax.random.key(0)
+SMALL = {
+    "unet": partial(UNet, widths=(8, 12), embedding=16, positions=2, attention=True),
+    "dit": partial(DiT, patch=4, width=16, depth=1, heads=2, embedding=16),
+    "mlp": partial(ResidualMLP, width=16, depth=1, embedding=16),
+}
+SPECS = [
+    Spec((30,), 1, 0, 0, (False,)),
+    Spec((17, 33), 2, 3, 1, (False, True)),
+    Spec((4, 5, 8), 2, 0, 2, (True, False, True)),
+    Spec((1, 6), 1, 1, 0, (False, False)),
+]
+
+
+def inputs(spec: Spec, seed: int = 0):
+    shapes = ((*spec.grid, spec.channels), (), (*spec.grid, spec.fields), (spec.scalars,))
+    return tuple(jax.random.normal(jax.random.key(seed + i), shape) for i, shape in enumerate(shapes))
+
+
+def shaken(net: nnx.Module, scale: float = 0.1) -> nnx.Module:
+    """The net with random parameters everywhere, as after training."""
+    graph, state = nnx.split(net, nnx.Param)
+    leaves, tree = jax.tree.flatten(state)
+    noisy = [leaf + scale * jax.random.normal(jax.random.fold_in(KEY, i), leaf.shape) for i, leaf in enumerate(leaves)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, noisy))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s.grid)))
+@pytest.mark.parametrize("name", SMALL)
+def test_output_has_the_shape_of_the_target_and_starts_at_zero(name, spec):
+    net = SMALL[name](spec, rngs=nnx.Rngs(0))
+    x, level, fields, scalars = inputs(spec)
+    out = net(x, level, fields, scalars)
+    assert out.shape == x.shape and out.dtype == jnp.float32
+    assert not out.any()
+    trained = shaken(net)(x, level, fields, scalars)
+    assert trained.shape == x.shape and jnp.isfinite(trained).all() and trained.any()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_input_reaches_the_output(name):
+    spec = Spec((8, 12), 1, 1, 1, (False, True))
+    net = shaken(SMALL[name](spec, rngs=nnx.Rngs(0)))
+    slopes = jax.jacobian(lambda *a: net(*a)[3, 3, 0], argnums=(0, 1, 2, 3))(*inputs(spec))
+    assert all(jnp.abs(slope).max() > 0 for slope in slopes)
+
+
+@pytest.mark.parametrize("block", [TransformerBlock(8, heads=2, expansion=2, embedding=4, rngs=nnx.Rngs(0)), None])
+def test_adaln_zero_blocks_start_as_the_identity(block):
+    block = block or HiddenBlock(8, expansion=2, embedding=4, rngs=nnx.Rngs(0))
+    h = jax.random.normal(KEY, (5, 8) if isinstance(block, TransformerBlock) else (8,))
+    np.testing.assert_array_equal(block(h, jnp.ones(4)), h)
+
+
+def test_unet_commutes_with_a_shift_along_periodic_axes_only():
+    spec = Spec((12, 16), 1, 1, 0, (False, True))
+    net = shaken(UNet(spec, widths=(8, 8, 8), embedding=16, attention=True, rngs=nnx.Rngs(0)))
+    x, level, fields, scalars = inputs(spec)
+    move = partial(jnp.roll, shift=4, axis=1)  # a multiple of the coarsest cell, 2**2
+    out = net(x, level, fields, scalars)
+    np.testing.assert_allclose(net(move(x), level, move(fields), scalars), move(out), atol=2e-5)  # float32 sums in another order
+    wrong = partial(jnp.roll, shift=4, axis=0)
+    assert jnp.abs(net(wrong(x), level, wrong(fields), scalars) - wrong(out)).max() > 1e-2
+
+
+def test_positions_break_the_shift_symmetry():
+    spec = Spec((16,), 1, 0, 0, (True,))
+    net = shaken(UNet(spec, widths=(8,), embedding=16, positions=4, rngs=nnx.Rngs(0)))
+    x, level, fields, scalars = inputs(spec)
+    out = net(x, level, fields, scalars)
+    assert jnp.abs(net(jnp.roll(x, 4, 0), level, fields, scalars) - jnp.roll(out, 4, 0)).max() > 1e-2
+
+
+@pytest.mark.parametrize("padding", ["zero", "edge"])
+def test_convolution_pads_as_told(padding):
+    conv = Conv(1, 1, periodic=(False, True), padding=padding, dtype=jnp.float32, rngs=nnx.Rngs(0), initial=nnx.initializers.ones_init())
+    x = jax.random.normal(KEY, (5, 6, 1))
+    wide = np.pad(np.pad(x[..., 0], ((0, 0), (1, 1)), "wrap"), ((1, 1), (0, 0)), "edge" if padding == "edge" else "constant")
+    direct = sum(wide[i : i + 5, j : j + 6] for i in range(3) for j in range(3))
+    np.testing.assert_allclose(conv(x)[..., 0], direct, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid, patch", [((8, 12), (4, 4)), ((7, 9), (4, 2)), ((5,), (3,)), ((4, 5, 6), (2, 2, 4))])
+def test_patches_are_undone(grid, patch):
+    x = jax.random.normal(KEY, (*grid, 3))
+    tokens, count = to_patches(x, patch, (False,) * len(grid))
+    assert tokens.shape == (np.prod(count), np.prod(patch) * 3)
+    np.testing.assert_array_equal(from_patches(tokens, patch, count, x.shape), x)
+
+
+def test_a_patch_holds_neighbouring_cells():
+    tokens, _ = to_patches(jnp.arange(16.0).reshape(4, 4, 1), (2, 2), (False, False))
+    np.testing.assert_array_equal(tokens[1], [2, 3, 6, 7])
+
+
+def test_halving_keeps_the_mean_and_enlarging_undoes_it():
+    coarse = jax.random.normal(KEY, (3, 5, 2))
+    fine = enlarge(coarse, (5, 10))
+    np.testing.assert_allclose(halve(fine), coarse, atol=1e-6)
+    x = jax.random.normal(KEY, (6, 1, 8, 2))
+    assert halve(x).shape == (3, 1, 4, 2)
+    np.testing.assert_allclose(halve(x).mean((0, 1, 2)), x.mean((0, 1, 2)), atol=1e-6)
+
+
+def test_dropout_keeps_the_expectation_and_is_off_without_a_key():
+    x = jnp.ones((200, 200))
+    dropped = drop(x, 0.25, KEY)
+    assert abs(dropped.mean() - 1) < 0.015  # five standard errors, sqrt(1/3 / 40000) each
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert drop(x, 0.25, None) is x
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_options_change_cost_not_result(name):
+    spec = Spec((8, 8), 1, 0, 1, (False, False))
+    args = inputs(spec)
+    plain, again, half = (
+        shaken(SMALL[name](spec, rngs=nnx.Rngs(0), **options)) for options in ({}, {"remat": True}, {"dtype": "bfloat16"})
+    )
+    slope = partial(jax.grad, argnums=0)
+    np.testing.assert_allclose(
+        slope(lambda x: again(x, *args[1:]).sum())(args[0]), slope(lambda x: plain(x, *args[1:]).sum())(args[0]), atol=1e-4
+    )
+    out = plain(*args)
+    assert jnp.abs(half(*args) - out).max() < 0.05 * jnp.abs(out).max() + 0.05  # bfloat16 has 8 bits, over a handful of layers
+    dropping = shaken(SMALL[name](spec, rngs=nnx.Rngs(0), dropout=0.5))
+    np.testing.assert_array_equal(dropping(*args), out)
+    assert jnp.abs(dropping(*args, KEY) - out).max() > 0
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda s: UNet(s, widths=(), rngs=nnx.Rngs(0)),
+        lambda s: UNet(s, padding="mirror", rngs=nnx.Rngs(0)),
+        lambda s: DiT(s, width=10, heads=4, rngs=nnx.Rngs(0)),
+        lambda s: DiT(s, patch=(2, 2, 2), rngs=nnx.Rngs(0)),
+        lambda s: ResidualMLP(s, depth=0, rngs=nnx.Rngs(0)),
+        lambda s: UNet(s._replace(grid=(2, 2, 2, 2)), rngs=nnx.Rngs(0)),
+    ],
+)
+def test_wrong_sizes_are_refused(build):
+    with pytest.raises(BadInput, match="expected|must be"):
+        build(Spec((8, 8), 1, 0, 0, (False, False)))

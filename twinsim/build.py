@@ -1,0 +1,223 @@
+"""Objects from trusted configuration: an allow-list in front of Hydra's `instantiate`, and the hash that names a config.
+
+A `_target_` names a class or function of twinsim, domains, generators or optax. The whole node is checked before anything is
+built, since a config also comes back from checkpoints, which travel. Hydra's own blocklist is no boundary (hydra issue 3258).
+"""
+
+import difflib
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from twinsim.base import BadInput
+
+ALLOWED = ("twinsim", "domains", "generators", "optax")
+# The engine's verbs read and write files or build again: a config names what they work on, never the verbs themselves.
+VERBS = ("twinsim.build", "twinsim.cli", "twinsim.record", "twinsim.report", "twinsim.run")
+MAX_DEPTH = 32
+_RESERVED = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
+
+
+def build(node: Any, **given: Any) -> Any:
+    """The object that `node` describes; `given` are arguments that exist only at run time, and win over the node's.
+
+    Nested nodes are built first. With `_partial_: true` it returns a function that waits for the rest of its arguments.
+
+    Raises:
+      BadInput: a target outside the allow-list, one that does not exist, or arguments that it does not take.
+    """
+    node = plain(node)
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise BadInput(f"config: expected a table with a `_target_`, got {_show(node)}")
+    for place, inner in list(_targets(node, "", 0)):  # the whole shape first
+        _check_call(inner, place, given if inner is node else {})
+    # Hydra would copy `given` into a config and turn tuples and dataclasses into something else: they are bound outside of it.
+    try:
+        make = instantiate({**node, "_partial_": True, "_convert_": node.get("_convert_", "all")})
+    except (InstantiationException, OmegaConfBaseException) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, BadInput):
+            raise cause from None
+        raise BadInput(f"config {node['_target_']}: could not be built, {_first_line(cause)}") from error
+    return functools.partial(make, **given) if node.get("_partial_") else make(**given)
+
+
+def plain(node: Any) -> Any:
+    """`node` as dicts, lists and values, its interpolations resolved. Raises BadInput."""
+    if isinstance(node, DictConfig | ListConfig):
+        try:
+            return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise BadInput(f"config: {_first_line(error)}") from None
+    return node
+
+
+def config_hash(config: Any) -> str:
+    """Ten hexadecimal digits that name a config: equal for equal content, whatever the order of its keys. Raises BadInput."""
+    return hashlib.sha256(canonical(config).encode()).hexdigest()[:10]
+
+
+def canonical(config: Any) -> str:
+    """JSON with sorted keys and no spaces; the same text on every machine."""
+    return json.dumps(_jsonable(plain(config), "config", 0), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+# ---------------------------------------------------------------- the walk
+
+
+def _targets(node: Any, place: str, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every table with a `_target_`, at any depth. Raises BadInput for what no config of ours holds."""
+    if depth > MAX_DEPTH:
+        raise BadInput(f"config {place[:60]}: expected at most {MAX_DEPTH} levels, got deeper nesting")
+    if isinstance(node, DictConfig | ListConfig):
+        raise BadInput(f"config {place}: expected plain tables and lists, got an OmegaConf node inside of one")
+    if isinstance(node, str) and "${" in node:
+        raise BadInput(f"config {place}: expected a resolved value, got the interpolation {_show(node)}")
+    if isinstance(node, Mapping):
+        if not isinstance(node, dict):
+            raise BadInput(f"config {place}: expected a plain table, got {type(node).__name__}")
+        for key in node:
+            if not isinstance(key, str):
+                raise BadInput(f"config {place}: expected names as keys, got {_show(key)}")
+            if "${" in key or (key.startswith("_") and key.endswith("_") and key not in _RESERVED):
+                raise BadInput(f"config {place}: expected an argument's name, got {_show(key)}")
+        if "_target_" in node:
+            yield place, node
+        for key, value in node.items():
+            yield from _targets(value, f"{place}.{key}" if place else key, depth + 1)
+    elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
+        for index, value in enumerate(node):
+            yield from _targets(value, f"{place}.{index}", depth + 1)
+
+
+def _check_call(node: Mapping[str, Any], place: str, given: Mapping[str, Any]) -> None:
+    """Raises BadInput unless the node's target may be called, and takes its arguments."""
+    target = resolve(node["_target_"], place)
+    name = node["_target_"]
+    arguments = {key for key in node if key not in _RESERVED} | set(given)
+    positional = node.get("_args_", [])
+    if not isinstance(positional, list):
+        raise BadInput(f"config {place}: expected a list as `_args_` of {name}, got {_show(positional)}")
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # some callables of C have none
+        return
+    parameters = signature.parameters.values()
+    named = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    anything = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    unknown = sorted(arguments - set(named))
+    if unknown and not anything:
+        close = difflib.get_close_matches(unknown[0], named, n=1)
+        hint = f"did you mean {close[0]!r}? It takes" if close else "it takes"
+        raise BadInput(f"config {place}: {name} has no argument {unknown[0]!r}, {hint} {', '.join(named) or 'none'}".replace(" :", ":"))
+    try:
+        binding = signature.bind_partial if node.get("_partial_") else signature.bind
+        binding(*positional, **dict.fromkeys(arguments))
+    except TypeError as error:
+        raise BadInput(f"config {place}: {name} has {error}, it takes {', '.join(named) or 'none'}".replace(" :", ":")) from None
+
+
+# ---------------------------------------------------------------- names
+
+
+def resolve(target: Any, place: str = "") -> Callable[..., Any]:
+    """The class or function that `target` names, if it is one of ours or optax's own. Raises BadInput."""
+    where = f"config {place}".rstrip()
+    if not isinstance(target, str):
+        raise BadInput(f"{where}: expected a name as `_target_`, got {_show(target)}")
+    parts = target.split(".")
+    if len(parts) < 2 or parts[0] not in ALLOWED:
+        raise BadInput(f"{where}: expected a `_target_` in {', '.join(ALLOWED)}, got {_show(target)}, which may not be built")
+    if not all(part.isascii() and part.isidentifier() and not part.startswith("_") for part in parts):
+        raise BadInput(f"{where}: expected public dotted names as `_target_`, got {_show(target)}")
+    owner: Any = _import(parts[0], where)
+    path = parts[0]
+    for part in parts[1:]:
+        inner = getattr(owner, part, None)
+        if inner is None and isinstance(owner, ModuleType) and hasattr(owner, "__path__"):
+            inner = _import(f"{path}.{part}", where)
+        if inner is None:
+            close = difflib.get_close_matches(part, _public(owner), n=1)
+            hint = f", did you mean {path}.{close[0]}?" if close else f", expected one of {', '.join(_public(owner)[:20])}"
+            raise BadInput(f"{where}: {path} has no {part!r}{hint}")
+        if isinstance(inner, ModuleType) and not _ours(inner.__name__):
+            raise BadInput(f"{where}: expected a `_target_` of {path} itself, got {_show(target)}, which reaches into {inner.__name__}")
+        owner, path = inner, f"{path}.{part}"
+    home = getattr(owner, "__module__", None)
+    if isinstance(owner, ModuleType) or not callable(owner):
+        raise BadInput(f"{where}: expected a class or a function as `_target_`, got {_show(target)}")
+    if not isinstance(home, str) or not _ours(home):
+        raise BadInput(f"{where}: expected a `_target_` of {', '.join(ALLOWED)}, got {_show(target)}, which belongs to {home}")
+    if home in VERBS:
+        raise BadInput(f"{where}: expected a part to build as `_target_`, got {_show(target)}, which is a verb of the engine")
+    return owner
+
+
+def _ours(module: str) -> bool:
+    return module.partition(".")[0] in ALLOWED
+
+
+def _import(name: str, where: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            return None
+        raise BadInput(f"{where}: {name} needs the package {error.name!r}, which is not installed") from None
+
+
+def _public(owner: Any) -> list[str]:
+    found = {name for name in dir(owner) if not name.startswith("_")}
+    if isinstance(owner, ModuleType):
+        found = {name for name in found if _ours(getattr(getattr(owner, name), "__module__", None) or "")}
+        found |= {module.name for module in pkgutil.iter_modules(getattr(owner, "__path__", []))}
+    return sorted(found)
+
+
+# ---------------------------------------------------------------- plain values
+
+
+def _jsonable(value: Any, place: str, depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise BadInput(f"{place[:60]}: expected at most {MAX_DEPTH} levels, got deeper nesting")
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise BadInput(f"{place}: expected a finite number, got {value}")
+        return value
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise BadInput(f"{place}: expected names as keys, got {_show(list(value))}")
+        return {key: _jsonable(item, f"{place}.{key}", depth + 1) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [_jsonable(item, f"{place}.{index}", depth + 1) for index, item in enumerate(value)]
+    raise BadInput(f"{place}: expected a plain value, got {type(value).__name__}")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,364 @@
+"""The command `twinsim`: reads its verb and overrides, runs them, and answers every mistake with one sentence.
+
+Heavy imports wait until a verb needs them, so that `--help` is immediate.
+"""
+
+import contextlib
+import difflib
+import errno
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+VERBS = {
+    "run": "the whole chain: data, train, evaluate, generate, check, report, record",
+    "data": "open or simulate the truth, fit statistics, write training examples",
+    "train": "train the generator, or go on with it",
+    "generate": "the same as run, for a scenario on a trained model",
+    "evaluate": "score the model and its baselines on held-out truth",
+    "report": "print where the report of a run lies, making the run first if need be",
+    "verify": "prove that a run's folder is unchanged",
+    "reproduce": "run again what a folder records and compare every value",
+    "doctor": "look at this machine and installation",
+}
+EXIT = """exit codes: 0 done | 1 verify or reproduce found a difference, doctor a fault | 2 bad input | 3 the training diverged |
+            75 asked to stop, state saved, the same command goes on | 130 interrupted"""
+HELP = f"""twinsim: learn how a real system behaves, generate scenarios of it, check each by its physics, score them on held-out truth
+
+usage: twinsim VERB [SCENARIO] [NAME=VALUE ...] [-m]
+
+{chr(10).join(f"  {verb:<10} {text}" for verb, text in VERBS.items())}
+
+examples:
+  twinsim run                                            the default: a winter in a world two degrees warmer
+  twinsim run climate/heatwave set.members=50            a scenario by name, one of its fields changed
+  twinsim run my/question.yaml                           a scenario of your own
+  twinsim train domain=climate/downscale seed=1          a model; the same command goes on where it was stopped
+  twinsim evaluate domain=climate/downscale -m seed=0,1,2   a sweep
+  twinsim verify out/runs/warm-winter-1a2b3c4d5e         is anything changed, missing or added?
+  twinsim reproduce out/runs/warm-winter-1a2b3c4d5e
+
+NAME=VALUE sets any value of the configuration (see conf/), set.NAME=VALUE a field of the scenario.
+`twinsim VERB --cfg` prints the resolved configuration and stops. `twinsim run --scenarios` lists the scenarios.
+
+{EXIT}
+"""
+PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if words[0] in ("-V", "--version"):
+        from twinsim import __version__
+
+        print(f"twinsim {__version__}")
+        return 0
+    verb, *rest = words
+    if verb not in VERBS:
+        return _fail(f"unknown verb {verb!r}{_near(verb, VERBS)}; `twinsim --help` lists them")
+    if any(word in ("-h", "--help") for word in rest):
+        print(HELP)
+        return 0
+    with _sentences() as outcome:
+        outcome.code = _dispatch(verb, rest)
+    return outcome.code
+
+
+def _dispatch(verb: str, words: list[str]) -> int:
+    if verb == "verify":
+        return _verify(_folder(verb, words))
+    if verb == "doctor":
+        return _doctor("--json" in words)
+    _prepare_process()
+    if verb == "reproduce":
+        return _reproduce(words)
+    if "--scenarios" in words:
+        from twinsim import scenario
+
+        print("\n".join(scenario.names()))
+        return 0
+    sweep = [word for word in words if word in ("-m", "--multirun")]
+    words = [word for word in words if word not in sweep]
+    show = "--cfg" in words
+    overrides = _overrides([word for word in words if word != "--cfg"])
+    if sweep:
+        return _sweep(verb, overrides)
+    return _one(verb, _compose(overrides), show)
+
+
+# ---------------------------------------------------------------- verbs
+
+
+def _one(verb: str, composed: Any, show: bool = False) -> int:
+    """Runs a verb on a composed configuration."""
+    import yaml
+
+    from twinsim import run
+
+    config = run.resolve(composed)
+    if show:
+        print(yaml.safe_dump(config, sort_keys=False), end="")
+        return 0
+    if verb == "data":
+        run.data(config, progress)
+        print(f"data: {run.places(config).data}")
+    elif verb == "train":
+        run.training(config, progress)
+        print(f"model: {run.places(config).model}")
+    elif verb == "evaluate":
+        evaluation = run.evaluate(config, progress)
+        from twinsim import report
+
+        print(report.text_scorecard(evaluation.scores))
+        print(f"evaluation: {run.places(config).evaluation}")
+    else:
+        folder = run.deliver(config, progress)
+        print(f"run:    {folder}\nreport: {folder / 'report.html'}\ndata:   {folder / 'samples.zarr'}")
+    return 0
+
+
+def _verify(folder: Path) -> int:
+    from twinsim import record
+
+    findings = record.verify(folder)
+    for finding in findings:
+        print(finding)
+    print(record.proof(findings))
+    return 1 if findings else 0
+
+
+def _reproduce(words: list[str]) -> int:
+    from twinsim import run
+    from twinsim.base import BadInput
+
+    options = [word for word in words if word.startswith("tolerance=")]
+    try:
+        tolerance = float(options[-1].partition("=")[2]) if options else 0.0
+    except ValueError:
+        raise BadInput(f"reproduce: {options[-1]}: expected a number, in the units of each variable") from None
+    folder = _folder("reproduce", [word for word in words if word not in options])
+    differences = run.reproduce(folder, progress, tolerance)
+    print("\n".join(differences) if differences else f"reproduced: every value of {folder} is the same" + (f" to {tolerance:g}" if tolerance else ", bit by bit"))
+    return 1 if differences else 0
+
+
+def _doctor(as_json: bool) -> int:
+    import json
+
+    from twinsim import doctor
+
+    found = doctor.checks()
+    print(json.dumps([check._asdict() for check in found], indent=1) if as_json else "\n".join(doctor.lines(found)))
+    return 0 if all(check.ok for check in found) else 1
+
+
+def _folder(verb: str, words: list[str]) -> Path:
+    from twinsim.base import BadInput
+
+    if len(words) != 1:
+        raise BadInput(f"{verb}: expected the folder of one run, got {' '.join(words) or 'nothing'}")
+    if not Path(words[0]).is_dir():
+        raise BadInput(f"{verb}: {words[0]}: expected the folder of a run, found no folder there")
+    return Path(words[0])
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def _overrides(words: list[str]) -> list[str]:
+    """Words of the command line as Hydra overrides; a word without `=` is a scenario, and brings its domain."""
+    from twinsim import scenario
+    from twinsim.base import BadInput
+
+    named = [word for word in words if "=" not in word and not word.startswith("-")]
+    if unknown := [word for word in words if word.startswith("-")]:
+        raise BadInput(f"unknown option {unknown[0]}; options are -m, --cfg, --scenarios, --help")
+    if len(named) > 1:
+        raise BadInput(f"expected one scenario, got {' and '.join(named)}")
+    overrides = [f"+{word}" if word.startswith("set.") else word for word in words if word not in named]
+    overrides += [f"scenario='{named[0]}'"] if named else []
+    asked = next((word.partition("=")[2].strip("'\"") for word in reversed(overrides) if word.startswith("scenario=")), None)
+    if asked and "," not in asked and not any(word.startswith("domain=") for word in overrides):
+        path = scenario.find(asked)
+        data, _ = scenario.parse(scenario.read(path), str(path))
+        domain = data.get("domain")
+        if not isinstance(domain, str) or not re.fullmatch(r"[a-z0-9_/]+", domain):
+            raise BadInput(f"{path}: domain: expected the name of a domain such as climate/generate, got {domain!r}")
+        overrides.append(f"domain={domain}")
+    return overrides
+
+
+def _compose(overrides: list[str]) -> Any:
+    """The configuration with its overrides applied. Raises BadInput with the nearest known name."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    with initialize_config_module("conf", version_base="1.3"):
+        try:
+            return compose("twinsim", overrides=overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explained(error, overrides) from None
+
+
+def _explained(error: Exception, overrides: list[str]) -> Exception:
+    """A Hydra error as one sentence."""
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    from twinsim.base import BadInput
+
+    first = str(error).strip().splitlines()[0]
+    cause = str(error.__cause__ or error).strip().splitlines()[0]
+    if found := re.search(r"Could not override '([^']+)'", first):
+        name = found[1]
+        known = _paths(OmegaConf.to_container(compose("twinsim"), resolve=False))
+        return BadInput(f"config: no value is called {name}{_near(name, known)}")
+    if found := re.search(r"Could not find '([^']+)'", first):
+        choices = [line.strip() for line in str(error).splitlines()[2:] if line.strip() and ":" not in line]
+        text = "; there are " + ", ".join(choices) if choices else ""
+        return BadInput(f"config: no {found[1]}{_near(found[1].rpartition('/')[2], choices)}{text}")
+    if found := re.search(r"Could not override '([^']+)'.*No match in the defaults list", " ".join(str(error).split())):
+        return BadInput(f"config: no group is called {found[1]}")
+    return BadInput(f"config: {first}{'' if cause in first else '; ' + cause}")
+
+
+def _paths(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return [prefix]
+    return [prefix] * bool(prefix) + [path for key, value in node.items() for path in _paths(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def _sweep(verb: str, overrides: list[str]) -> int:
+    """Hydra's own sweep: every combination of comma-separated values, one after the other or by a launcher."""
+    import hydra
+
+    codes: list[int] = []
+
+    def job(config: Any) -> None:
+        from omegaconf import open_dict
+
+        with open_dict(config):
+            config.pop("verb", None)
+        with _sentences() as outcome:
+            outcome.code = _one(verb, config)
+        codes.append(outcome.code)
+        if outcome.code:
+            raise SystemExit(outcome.code)
+
+    before = sys.argv
+    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.output_subdir=null", "hydra.sweep.dir=out/sweeps"]
+    sys.argv = ["twinsim", "-m", *overrides, *quiet]
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="twinsim")(job)()
+    finally:
+        sys.argv = before
+    return max(codes, default=0)
+
+
+# ---------------------------------------------------------------- process, progress, mistakes
+
+
+def _prepare_process() -> None:
+    """Settings that have to stand before JAX starts."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "twinsim" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    _keep_memory()
+
+
+def _keep_memory() -> None:
+    """Tells glibc to keep freed memory: XLA frees and takes hundreds of MB a step, a fifth of its time on a CPU is page faults."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # <malloc.h>
+        for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28), (arena_max, 1)):
+            libc.mallopt(option, value)
+
+
+@contextlib.contextmanager
+def progress(stage: str) -> Iterator[Any]:
+    """Shows a stage while it lasts: a bar with its ETA on a terminal, a line now and then elsewhere, both on stderr."""
+    began = time.perf_counter()
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description:<18}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total} {task.fields[note]}"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task(stage, total=None, note="")
+
+            def show(done: int, total: int, *note: Any) -> None:
+                bar.update(task, completed=done, total=total, note=_note(note))
+
+            yield show
+            bar.update(task, completed=bar.tasks[0].total or 1, total=bar.tasks[0].total or 1)
+        return
+    last = [began]
+
+    def line(done: int, total: int, *note: Any) -> None:
+        now = time.perf_counter()
+        if now - last[0] >= PLAIN_EVERY and done:
+            last[0] = now
+            left = (now - began) / done * (total - done)
+            print(f"{stage}: {done}/{total} {_note(note)} {now - began:.0f} s, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+    yield line
+    print(f"{stage}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def _note(note: Sequence[Any]) -> str:
+    return " ".join(f"loss {part:.4f}" if isinstance(part, float) else str(part) for part in note[:1])
+
+
+class _Outcome:
+    code = 0
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[_Outcome]:
+    """Turns the errors that a user can mend into one sentence on stderr and an exit code."""
+    outcome = _Outcome()
+    try:
+        yield outcome
+    except KeyboardInterrupt:
+        outcome.code = 130
+        print("interrupted; the same command goes on from the last whole state", file=sys.stderr)
+    except Exception as error:
+        outcome.code = _code(error)
+        if not outcome.code:
+            raise
+        _fail(" ".join(str(error).split()))
+
+
+def _code(error: Exception) -> int:
+    """The exit code of an error; 0 for one that is ours to mend and deserves its traceback."""
+    from twinsim.base import BadInput
+
+    if isinstance(code := getattr(error, "exit_code", None), int):
+        return code
+    if isinstance(error, BadInput | ModuleNotFoundError | FloatingPointError):
+        return 2
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    return 2 if full or "No space left" in str(error) else 0
+
+
+def _fail(sentence: str) -> int:
+    print(f"twinsim: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _near(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f", did you mean {close[0]}?" if close else ""

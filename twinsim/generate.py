@@ -1,0 +1,243 @@
+"""Draws members of a question in tiles, checks each draw, and streams them to Zarr so that a killed run goes on where it was.
+
+Every draw has its own random key, made from the seed, the member and the item alone, and is computed in a tile of fixed
+size; batches, devices and restarts only decide when and where a tile is computed. So the members are always the same.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import zarr
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from twinsim.base import Array, BadInput, Condition, Constraint, Domain, Generator, Sample, Statistics, Target
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How draws are made.
+
+    Attributes:
+      tile: draws computed together; part of what is drawn, so change it and last bits change.
+      batch: draws held in memory at once, rounded up to whole tiles a device.
+      attempts: a draw that misses a constraint of the question is drawn again, with a new key, up to this often.
+    """
+
+    tile: int = 8
+    batch: int = 64
+    attempts: int = 4
+
+    def __post_init__(self) -> None:
+        if self.tile < 1 or self.batch < 1 or self.attempts < 1:
+            raise BadInput(f"generate: expected tile, batch and attempts of at least 1, got {self.tile}, {self.batch}, {self.attempts}")
+
+
+Constrain = Callable[[Callable[[Target], Sample], Condition], Sequence[Constraint]]
+Misses = Callable[[Sample, Condition], Array]  # how far a sample is from what the question imposes; 0 = holds
+
+
+def make_sampler(
+    domain: Domain,
+    generator: Callable[[Any], Generator],
+    mesh: Mesh,
+    constrain: Constrain | None = None,
+    misses: Misses | None = None,
+    attempts: int = 1,
+) -> Callable[..., tuple[Sample, Mapping[str, Array]]]:
+    """A compiled `(params, statistics, keys [tile, draw], condition [tile, draw, ...]) -> (samples, broken rules)`.
+
+    Tiles are spread over all devices of the mesh; inside a device they are computed one after the other, without any
+    communication.
+    """
+
+    def draw(params: Any, statistics: Statistics, key: Array, condition: Condition) -> tuple[Sample, Mapping[str, Array]]:
+        model = generator(params)
+        fields, scalars = domain.encode(statistics, condition)
+
+        def decode(target: Target) -> Sample:
+            return domain.decode(statistics, target, condition)
+
+        def attempt(number: Array) -> Sample:
+            constraints = constrain(decode, condition) if constrain else ()
+            return decode(model.sample(fields, scalars, jax.random.fold_in(key, number), constraints))
+
+        sample = attempt(jnp.asarray(0))
+        if misses is not None and attempts > 1:
+
+            def again(carry: tuple[Array, Sample]) -> tuple[Array, Sample]:
+                number, _ = carry
+                return number + 1, attempt(number)
+
+            def unmet(carry: tuple[Array, Sample]) -> Array:
+                number, latest = carry
+                return (number < attempts) & (misses(latest, condition) > 0)
+
+            _, sample = jax.lax.while_loop(unmet, again, (jnp.asarray(1), sample))
+        outcome = domain.simulate(sample, condition, key)
+        broken = dict(domain.check(outcome, condition))
+        if misses is not None:
+            broken["what the scenario imposes"] = misses(outcome, condition)
+        return outcome, broken
+
+    def tiles(params: Any, statistics: Statistics, keys: Array, condition: Condition) -> tuple[Sample, Mapping[str, Array]]:
+        one_tile = jax.vmap(draw, in_axes=(None, None, 0, 0))
+        return jax.lax.map(lambda inputs: one_tile(params, statistics, *inputs), (keys, condition))
+
+    spread = P(mesh.axis_names)
+    return jax.jit(
+        jax.shard_map(tiles, mesh=mesh, in_specs=(P(), P(), spread, spread), out_specs=(spread, spread), check_vma=False),
+        in_shardings=(NamedSharding(mesh, P()), NamedSharding(mesh, P()), NamedSharding(mesh, spread), NamedSharding(mesh, spread)),
+    )
+
+
+def draw_keys(seed: int, members: np.ndarray, items: np.ndarray) -> Array:
+    """One key a draw, from the seed, its member and its item alone."""
+    base = jax.random.fold_in(jax.random.key(seed), 0x67656E)  # apart from the keys that training uses
+    return jax.vmap(lambda m, i: jax.random.fold_in(jax.random.fold_in(base, m), i))(jnp.asarray(members), jnp.asarray(items))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of draws that is computed and written at once, and is one Zarr chunk."""
+
+    members: range
+    items: range
+
+    @property
+    def name(self) -> str:
+        return f"{self.members.start}-{self.members.stop}:{self.items.start}-{self.items.stop}"
+
+    def draws(self) -> tuple[np.ndarray, np.ndarray]:
+        """Member and item of each draw, flat."""
+        member, item = np.meshgrid(np.asarray(self.members), np.asarray(self.items), indexing="ij")
+        return member.ravel(), item.ravel()
+
+
+def blocks(members: int, items: int, batch: int) -> Iterator[Block]:
+    """All draws, in rectangles of at most about `batch`."""
+    wide = min(items, batch)
+    high = max(1, min(members, batch // wide))
+    for first_member in range(0, members, high):
+        for first_item in range(0, items, wide):
+            yield Block(
+                range(first_member, min(first_member + high, members)),
+                range(first_item, min(first_item + wide, items)),
+            )
+
+
+def compute(
+    sampler: Callable[..., tuple[Sample, Mapping[str, Array]]],
+    params: Any,
+    statistics: Statistics,
+    condition: Condition,
+    block: Block,
+    seed: int,
+    tile: int,
+    devices: int,
+) -> tuple[Sample, Mapping[str, np.ndarray]]:
+    """The draws of one block, `[member, item, ...]`. Raises FloatingPointError where a value is not finite."""
+    member, item = block.draws()
+    count = len(member)
+    padded = -(-count // (tile * devices)) * tile * devices
+    fill = np.resize(np.arange(count), padded)  # the last tile is filled with draws that are thrown away
+
+    def tiled(values: Array) -> Array:
+        return values[fill].reshape(padded // tile, tile, *values.shape[1:])
+
+    keys = tiled(draw_keys(seed, member, item))
+    chosen = {name: tiled(np.asarray(values)[item]) for name, values in condition.items()}
+    samples, broken = jax.device_get(sampler(params, statistics, keys, chosen))
+
+    def untiled(values: np.ndarray) -> np.ndarray:
+        flat = values.reshape(padded, *values.shape[2:])[:count]
+        return flat.reshape(len(block.members), len(block.items), *flat.shape[1:])
+
+    samples, broken = {k: untiled(v) for k, v in samples.items()}, {k: untiled(v) for k, v in broken.items()}
+    for name, values in samples.items():
+        if not np.isfinite(values).all():
+            raise FloatingPointError(f"generate: {name} is not finite in draws {block.name} (members:items); nothing of them was written")
+    return samples, broken
+
+
+def stream(
+    store: Path,
+    draw: Callable[[Block], tuple[Sample, Mapping[str, np.ndarray]]],
+    members: int,
+    items: int,
+    batch: int,
+    identity: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    stop: Callable[[], None] = lambda: None,
+) -> tuple[Sample, Mapping[str, np.ndarray]]:
+    """Draws every block that is not yet in `store`, and returns all, memory-mapped by Zarr.
+
+    A block counts as done when its line is in the journal, which is written after the block's chunks. `identity` names
+    what is drawn; a store begun for something else is started over. `stop` is called before each block and may raise.
+
+    Returns:
+      samples `[member, item, ...]` and broken rules `[member, item]` as Zarr arrays.
+    """
+    journal = store / JOURNAL
+    done = _read_journal(journal, identity)
+    if not done and store.exists():
+        shutil.rmtree(store)
+    store.mkdir(parents=True, exist_ok=True)
+    group = zarr.open_group(store / "arrays", mode="a")
+    every = list(blocks(members, items, batch))
+    for index, block in enumerate(every):
+        if block.name not in done:
+            stop()
+            samples, broken = draw(block)
+            for kind, values in (("sample", samples), ("rule", broken)):
+                for name, array in values.items():
+                    chunk = (every[0].members.stop, every[0].items.stop, *array.shape[2:])
+                    _array(group, f"{kind}/{name}", (members, items, *array.shape[2:]), chunk, array.dtype)[
+                        block.members.start : block.members.stop, block.items.start : block.items.stop
+                    ] = array
+            with journal.open("a") as lines:
+                if not done:
+                    lines.write(json.dumps({"identity": identity}) + "\n")
+                lines.write(json.dumps({"block": block.name}) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
+            done.add(block.name)
+        progress(sum(len(b.members) * len(b.items) for b in every[: index + 1]), members * items)
+    samples = {name: group[f"sample/{name}"] for name in group["sample"].array_keys()}
+    rules = {bytes.fromhex(name).decode(): group[f"rule/{name}"][...] for name in group["rule"].array_keys()}
+    return samples, rules
+
+
+def _array(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any) -> zarr.Array:
+    kind, _, leaf = name.partition("/")
+    path = f"{kind}/{leaf.encode().hex()}" if kind == "rule" else name  # a rule's name is a sentence, not a file name
+    if path in group:
+        return group[path]
+    from zarr.codecs import BytesCodec, Crc32cCodec
+
+    return group.create_array(path, shape=shape, chunks=chunks, dtype=dtype, serializer=BytesCodec(), compressors=[Crc32cCodec()])
+
+
+def _read_journal(journal: Path, identity: str) -> set[str]:
+    """Names of the blocks that are done; none when the journal belongs to something else. A torn last line is ignored."""
+    if not journal.exists():
+        return set()
+    lines = []
+    for line in journal.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    if not lines or lines[0].get("identity") != identity:
+        return set()
+    return {line["block"] for line in lines[1:]}

@@ -1,0 +1,194 @@
+"""Devices and processes become a mesh and shardings: the only file that knows how many there are.
+
+Three axes: `data` holds replicas of the parameters, `fsdp` splits both batch and parameters, `model` splits parameters alone.
+Which leaf is split how is one table of rules, so that the same code runs on a laptop's processor and on many nodes.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from twinsim.base import BadInput
+
+AXES = ("data", "fsdp", "model")
+BATCH = PartitionSpec(("data", "fsdp"))  # the rows of a batch; every other axis of it is whole
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+# The last two axes of a kernel, of a linear layer `[in, out]` and of a convolution `[..., in, out]`, are its largest.
+RULES: Rules = (
+    (r"(^|/)(kernel|embedding)$", PartitionSpec("fsdp", "model")),
+    (r"", PartitionSpec()),
+)
+
+
+class Preempted(RuntimeError):
+    """The machine asked this run to leave; its state is saved and the same command goes on from there."""
+
+    exit_code = 75
+
+
+# ---------------------------------------------------------------- mesh
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (all of them by default) with the given axis sizes; -1 stands for the rest.
+
+    Raises:
+      BadInput: an unknown axis, or sizes whose product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    wished = {"data": -1, "fsdp": 1, "model": 1} | dict(sizes or {})
+    if unknown := set(wished) - set(AXES):
+        raise BadInput(f"mesh: expected the axes {', '.join(AXES)}, got {', '.join(sorted(unknown))}")
+    named = ", ".join(f"{axis}={wished[axis]}" for axis in AXES)
+    if any(size != -1 and size < 1 for size in wished.values()) or list(wished.values()).count(-1) > 1:
+        raise BadInput(f"mesh: expected axis sizes of at least 1, at most one of them -1 for the rest, got {named}")
+    fixed = int(np.prod([size for size in wished.values() if size != -1]))
+    shape = tuple(len(devices) // fixed if wished[axis] == -1 else wished[axis] for axis in AXES)
+    if int(np.prod(shape)) != len(devices):
+        raise BadInput(f"mesh: expected axis sizes whose product is the {len(devices)} devices present, got {named}")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def leaf_path(path: Sequence[Any]) -> str:
+    """The keys from the top of a pytree to a leaf, joined by slashes: `params/blocks/0/kernel`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def shard(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """The sharding of each leaf of `tree`: that of the first rule whose pattern is found in the leaf's path.
+
+    A spec shorter than the leaf's rank is meant for its last axes. An axis that its mesh axes do not divide stays whole.
+    """
+
+    def one(path: Sequence[Any], leaf: Any) -> NamedSharding:
+        spec = next((spec for pattern, spec in rules if re.search(pattern, leaf_path(path))), PartitionSpec())
+        rank = len(leaf.shape)
+        if len(spec) > rank:
+            return replicated(mesh)
+        aligned = (None,) * (rank - len(spec)) + tuple(spec)
+        return NamedSharding(
+            mesh, PartitionSpec(*(axes if size % _count(mesh, axes) == 0 else None for axes, size in zip(aligned, leaf.shape, strict=True)))
+        )
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _count(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return int(np.prod([mesh.shape[name] for name in names], dtype=int))
+
+
+# ---------------------------------------------------------------- batches
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over `data` and `fsdp`."""
+    return NamedSharding(mesh, BATCH)
+
+
+def check_batch(mesh: Mesh, batch: int) -> None:
+    """Raises BadInput where `batch` rows do not divide evenly over the mesh."""
+    if batch % (count := _count(mesh, ("data", "fsdp"))):
+        raise BadInput(f"batch: expected a multiple of data x fsdp = {count}, got {batch}")
+
+
+def process_rows(mesh: Mesh, batch: int, devices: Iterable[jax.Device] | None = None) -> np.ndarray:
+    """Which rows of a global batch the given devices hold, this process's own by default; sorted, int64."""
+    mine = set(jax.local_devices() if devices is None else devices)
+    where = batch_sharding(mesh).devices_indices_map((batch,))
+    held = [np.arange(batch)[index[0]] for device, index in where.items() if device in mine]
+    return np.unique(np.concatenate(held)).astype(np.int64) if held else np.zeros(0, np.int64)
+
+
+def place(rows: np.ndarray, local: np.ndarray, mesh: Mesh, batch: int) -> jax.Array:
+    """A global array `[batch, ...]` from the values `local` of this process's `rows`; nothing is sent between processes."""
+
+    def held(index: Any) -> np.ndarray:
+        return local[np.searchsorted(rows, np.arange(batch)[index[0]])]
+
+    return jax.make_array_from_callback((batch, *local.shape[1:]), batch_sharding(mesh), held)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def start_distributed(initialization_timeout: int = 60, heartbeat_timeout: int = 30, environ: Mapping[str, str] = os.environ) -> None:
+    """Joins the processes of a SLURM step; does nothing where SLURM_NTASKS is absent or 1. Call before JAX touches a device.
+
+    Timeouts in s.
+
+    Raises:
+      BadInput: there are several tasks, but this process was not started as one of them.
+      RuntimeError: the processes did not find each other.
+    """
+    tasks = environ.get("SLURM_NTASKS", "1")
+    if not tasks.isdecimal():
+        raise BadInput(f"SLURM_NTASKS: expected a number, got {tasks!r}")
+    if int(tasks) <= 1:
+        return
+    needed = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
+    if missing := [name for name in needed if name not in environ]:
+        raise BadInput(f"SLURM_NTASKS is {tasks}, but {', '.join(missing)} is not set: start the command with srun")
+    if not jax.distributed.is_initialized():
+        try:
+            jax.distributed.initialize(
+                initialization_timeout=initialization_timeout, heartbeat_timeout_seconds=heartbeat_timeout, cluster_detection_method="slurm"
+            )
+        except (RuntimeError, ValueError) as error:
+            raise RuntimeError(f"the {tasks} tasks of SLURM job {environ['SLURM_JOB_ID']} did not find each other: {error}") from error
+    if jax.process_count() != int(tasks):
+        raise RuntimeError(f"SLURM_NTASKS is {tasks}, but JAX sees {jax.process_count()} processes")
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes logs and manifests."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come to this point."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def all_agree(fact: bool) -> bool:
+    """Whether `fact` holds on every process; each of them must ask."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(fact)))) if jax.process_count() > 1 else fact
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Gives `asked(step)`: whether this run should save and leave after `step`, the same answer on every process.
+
+    A SIGTERM asks. Every loop that may run for long calls it once a step.
+    """
+    if jax.process_count() > 1:
+        yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step))
+        return
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may listen to signals
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: flag.set())
+    try:
+        yield lambda step: flag.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

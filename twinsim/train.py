@@ -1,0 +1,375 @@
+"""Fits a generator to examples: one jitted update, and the loop around it. The only home of optax.
+
+The state is a plain pytree, the module is split once, and where each leaf lives is decided by the rule table of `mesh`: so that
+one update serves one device, replicas (`data`), split states (`fsdp`) and split layers (`model`). The noise of an example is keyed
+by (seed, step, row of the batch), hence the same on any number of devices.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from twinsim import checkpoint
+from twinsim import mesh as meshes
+from twinsim.base import Array, BadInput, Example
+from twinsim.data import ExampleStore, batches, indices
+
+LAG = 3  # steps whose results are still awaited while the next one is sent off
+WIDEST_EMA = 12**-0.5  # the relative width of a plain average over all steps, Karras et al. (2024) eq. 126 at gamma = 0
+
+Params = dict[Any, Any]  # nested dicts of arrays
+Assemble = Callable[[Params], Any]  # parameters -> the nnx module that has them
+Loss = Callable[[Params, Example, Array], Array]  # of one example, a scalar
+Metrics = dict[str, jax.Array]
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is not finite. The newest checkpoint is the last good state."""
+
+    exit_code = 3
+
+
+class TrainState(NamedTuple):
+    """Everything that an update changes, and the key it draws from.
+
+    Attributes:
+      step: updates made so far, int32.
+      params: trained parameters.
+      opt: the optimizer's state.
+      ema: averages of `params` over training, one for each width in `Settings.ema`.
+      key: the run's random key; never changes.
+    """
+
+    step: Array
+    params: Params
+    opt: Any
+    ema: tuple[Params, ...]
+    key: Array
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how to train.
+
+    Attributes:
+      steps, batch: updates, and examples in each.
+      ema: widths sigma_rel of the power-function averages, as a share of the training so far; in (0, 0.288].
+      max_grad_norm: a longer gradient is shortened to this; infinity for never.
+      microbatches: parts of a batch whose gradients are taken one after the other, to save memory; changes nothing else.
+      save_every, log_every: steps between checkpoints and between lines of the log.
+      keep: newest checkpoints kept.
+      ahead: batches read in advance.
+    """
+
+    steps: int
+    batch: int
+    ema: tuple[float, ...] = (0.05, 0.10)
+    max_grad_norm: float = 1.0
+    microbatches: int = 1
+    save_every: int = 1000
+    log_every: int = 50
+    keep: int = 3
+    ahead: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "microbatches", "save_every", "log_every", "keep", "ahead"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"training: {name}: expected at least 1, got {getattr(self, name)}")
+        if not self.max_grad_norm > 0:
+            raise BadInput(f"training: max_grad_norm: expected a positive number, got {self.max_grad_norm}")
+        if self.batch % self.microbatches:
+            raise BadInput(f"training: expected microbatches to divide the batch of {self.batch}, got {self.microbatches}")
+        if not self.ema or not all(0 < width < WIDEST_EMA for width in self.ema):
+            raise BadInput(f"training: ema: expected one or more widths above 0 and below {WIDEST_EMA:.4f}, got {tuple(self.ema)}")
+
+
+# ---------------------------------------------------------------- averages
+
+
+def ema_exponent(width: float) -> float:
+    """The gamma of a power-function average whose relative width (standard deviation over training time) is `width`.
+
+    Source: Karras et al. (2024), "Analyzing and Improving the Training Dynamics of Diffusion Models", eq. 126 and algorithm 2.
+    """
+    return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
+
+
+def ema_params(state: TrainState, which: int = 0) -> Params:
+    """The averaged parameters, what one samples with; `which` counts `Settings.ema`."""
+    return state.ema[which]
+
+
+def _average(ema: Params, params: Params, gamma: float, step: Array) -> Params:
+    """One step of the average, `step` counting from 1: beta = (1 - 1/step)^(gamma + 1), Karras et al. (2024) eq. 127."""
+    rate = -jnp.expm1((gamma + 1.0) * jnp.log1p(-1.0 / step.astype(jnp.float32)))
+    return jax.tree.map(lambda old, new: old + rate.astype(old.dtype) * (new - old), ema, params)
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+def adamw(
+    learning_rate: float,
+    steps: int,
+    warmup: int = 0,
+    final: float = 0.0,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """AdamW whose rate rises over `warmup` steps to `learning_rate`, then falls on a cosine to `final` of it at `steps`.
+
+    Only arrays of two or more axes decay. Gradients are shortened by `Settings.max_grad_norm`, not here.
+    """
+    if not (learning_rate > 0 and 0 <= warmup < steps and 0 <= final <= 1 and weight_decay >= 0):
+        raise BadInput(
+            "optimizer: expected learning_rate > 0, 0 <= warmup < steps, final in [0, 1] and weight_decay >= 0, "
+            f"got {learning_rate}, {warmup} of {steps}, {final} and {weight_decay}"
+        )
+    fall = optax.cosine_decay_schedule(learning_rate, steps - warmup, alpha=final)
+    rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, max(warmup, 1))
+    schedule = optax.join_schedules([rise, fall], [warmup]) if warmup else fall
+    matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
+    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices)
+
+
+# ---------------------------------------------------------------- state and update
+
+
+def split(module: nnx.Module) -> tuple[Assemble, Params]:
+    """A module's parameters as nested dicts of arrays, and the function that puts such parameters back into it."""
+    graph, trained, *fixed = nnx.split(module, nnx.Param, ...)
+    return lambda params: nnx.merge(graph, params, *fixed), nnx.to_pure_dict(trained)
+
+
+def init(
+    module: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    rules: meshes.Rules = meshes.RULES,
+    averages: int = 2,
+) -> tuple[Assemble, TrainState]:
+    """The state before the first update, on `mesh`, and the function that makes a module of its parameters."""
+    assemble, params = split(module)
+
+    def fresh(params: Params) -> TrainState:
+        ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jax.random.key(seed))
+
+    params = jax.device_put(params, meshes.shard(params, mesh, rules))
+    shardings = meshes.shard(jax.eval_shape(fresh, params), mesh, rules)
+    return assemble, jax.jit(fresh, out_shardings=shardings)(params)
+
+
+def make_update(
+    loss: Loss, optimizer: optax.GradientTransformation, settings: Settings, shardings: Any
+) -> Callable[[TrainState, Example], tuple[TrainState, Metrics]]:
+    """The update: `(state, batch) -> (state, {"loss", "grad_norm"})`, jitted; the state that goes in is used up.
+
+    The metrics are of the batch before the update; the gradient norm is that before shortening.
+
+    Args:
+      shardings: where each leaf of the state lives, as `where(state)` says.
+    """
+    mesh: Mesh = shardings.step.mesh
+    exponents = [ema_exponent(width) for width in settings.ema]
+
+    def mean_loss(params: Params, batch: Example, keys: Array) -> Array:
+        return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, batch, keys))
+
+    def gradient(params: Params, batch: Example, keys: Array) -> tuple[Array, Params]:
+        if settings.microbatches == 1:
+            return jax.value_and_grad(mean_loss)(params, batch, keys)
+
+        def part(rows: Array) -> Array:  # part i has rows i, i + count, ...: each device keeps its own
+            parts = jnp.swapaxes(rows.reshape(-1, settings.microbatches, *rows.shape[1:]), 0, 1)
+            return lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, *meshes.BATCH)))
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(params, *part)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = lax.scan(add, zero, jax.tree.map(part, (batch, keys)))
+        return jax.tree.map(lambda x: x / settings.microbatches, total)
+
+    def update(state: TrainState, batch: Example) -> tuple[TrainState, Metrics]:
+        value, grads = gradient(state.params, batch, row_keys(state.key, state.step, settings.batch))
+        norm = optax.tree.norm(grads)
+        if math.isfinite(settings.max_grad_norm):
+            shorter = jnp.minimum(1.0, settings.max_grad_norm / norm)
+            grads = jax.tree.map(lambda grad: grad * shorter.astype(grad.dtype), grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+            change, opt = optimizer.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, change)
+        step = state.step + 1
+        ema = tuple(_average(old, params, gamma, step) for old, gamma in zip(state.ema, exponents, strict=True))
+        return TrainState(step, params, opt, ema, state.key), {"loss": value, "grad_norm": norm}
+
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
+
+
+def where(state: TrainState) -> Any:
+    """The sharding of each leaf, as a `TrainState`."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def row_keys(key: Array, step: Array | int, batch: int) -> Array:
+    """The random key of each row of the batch of `step`, `[batch]`."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), jnp.arange(batch))
+
+
+# ---------------------------------------------------------------- the loop
+
+Progress = Callable[[int, int, float, float], None]  # step, steps, loss, examples/s
+
+
+def fit(
+    module: nnx.Module,
+    store: ExampleStore,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    folder: Path,
+    mesh: Mesh,
+    seed: int,
+    progress: Progress | None = None,
+    rules: meshes.Rules = meshes.RULES,
+    report: checkpoint.Report = warnings.warn,
+) -> TrainState:
+    """Trains `module`, a `Generator`, on `store`; called again with the same arguments, goes on from the newest checkpoint.
+
+    Leaves in `folder`: `checkpoints/`, and `train.jsonl` with a line every `log_every` steps.
+
+    Raises:
+      Diverged: loss or gradient is not finite; `diverged.json` names the examples and the key that did it.
+      Preempted: the machine asked to leave; the state is saved.
+      BadInput: the batch does not fit the mesh, the disk is too small, or `folder` holds the checkpoints of another run.
+    """
+    meshes.check_batch(mesh, settings.batch)
+    meshes.check_batch(mesh, settings.batch // settings.microbatches)
+    saved = folder / "checkpoints"
+    assemble, state = init(module, optimizer, seed, mesh, rules, len(settings.ema))
+    if checkpoint.steps(saved):
+        state = _resume(saved, state, settings, report)
+    first = int(state.step)
+    update = make_update(lambda params, example, key: assemble(params).loss(example, key), optimizer, settings, where(state))
+    awaited: collections.deque[tuple[int, Metrics]] = collections.deque()
+    log = _Log(folder, first, settings, progress)
+
+    def settle(left: int) -> None:
+        """Reads results until only `left` are awaited; raises Diverged."""
+        while len(awaited) > left:
+            step, metrics = awaited.popleft()
+            loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(_dump(folder, step, loss, norm, seed, settings, len(store)))
+            log(step, loss, norm)
+
+    def save(step: int) -> None:
+        settle(0)
+        if bad := checkpoint.nonfinite(state):
+            raise Diverged(f"step {step}: {bad[0]} is not finite after the update; the last good state is in {saved}")
+        checkpoint.save(saved, step, state, keep=settings.keep)
+
+    stream = batches(store, seed, settings.batch, mesh, first, settings.ahead)
+    with contextlib.closing(stream), contextlib.closing(log), _saves_finished(saved), meshes.preemption() as asked:
+        for step in range(first + 1, settings.steps + 1):
+            state, metrics = update(state, next(stream))
+            awaited.append((step, metrics))
+            settle(LAG)
+            leave = asked(step) and step < settings.steps
+            if leave or step == settings.steps or step % settings.save_every == 0:
+                save(step)
+            if leave:
+                checkpoint.finish(saved)
+                raise meshes.Preempted(
+                    f"asked to leave at step {step} of {settings.steps}; the state is saved, and the same command goes on from it"
+                )
+    return state
+
+
+@contextlib.contextmanager
+def _saves_finished(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        checkpoint.finish(folder)
+
+
+def _resume(saved: Path, state: TrainState, settings: Settings, report: checkpoint.Report) -> TrainState:
+    begun = np.asarray(jax.random.key_data(state.key))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    jax.tree.map(lambda leaf: leaf.delete(), state)  # room for what is read
+    step, state = checkpoint.restore(saved, like, report=report)
+    if not np.array_equal(begun, np.asarray(jax.random.key_data(state.key))):
+        raise BadInput(f"training: the checkpoints in {saved} were begun with another seed")
+    if step > settings.steps:
+        raise BadInput(f"training: expected at least the {step} steps that {saved} has already seen, got steps={settings.steps}")
+    return state
+
+
+def _dump(folder: Path, step: int, loss: float, norm: float, seed: int, settings: Settings, size: int) -> str:
+    """Writes down what update `step` was made of; returns the message for the user."""
+    rows = indices(seed, step - 1, settings.batch, size)
+    key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), step - 1))
+    facts = {"step": step, "loss": str(loss), "grad_norm": str(norm), "seed": seed, "rows": rows.tolist(), "key": np.asarray(key).tolist()}
+    path = folder / "diverged.json"
+    if meshes.is_first():
+        path.write_text(json.dumps(facts))
+    checkpoint.finish(folder / "checkpoints")
+    found = checkpoint.steps(folder / "checkpoints")
+    kept = f"the last good state is checkpoint {found[-1]}" if found else "no checkpoint was saved before"
+    return f"step {step}: loss {loss}, gradient norm {norm}: expected finite numbers; {kept}; {path} names the batch"
+
+
+class _Log:
+    """The lines of `train.jsonl`, on the first process only, and the progress shown."""
+
+    def __init__(self, folder: Path, first: int, settings: Settings, progress: Progress | None):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "train.jsonl"
+        self.settings, self.progress, self.since, self.at = settings, progress, time.perf_counter(), first
+        self.file = None
+        if meshes.is_first():
+            lines = path.read_text().splitlines() if path.exists() else []
+            path.write_text("".join(f"{line}\n" for line in lines if _logged_step(line) <= first))
+            self.file = path.open("a")
+
+    def __call__(self, step: int, loss: float, norm: float) -> None:
+        if step % self.settings.log_every and step != self.settings.steps:
+            return
+        now = time.perf_counter()
+        rate = (step - self.at) * self.settings.batch / max(now - self.since, 1e-9)
+        self.since, self.at = now, step
+        if self.file:
+            self.file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm, "examples_per_s": round(rate, 2)}) + "\n")
+            self.file.flush()
+        if self.progress:
+            self.progress(step, self.settings.steps, loss, rate)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
+        return math.inf
