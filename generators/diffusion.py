@@ -161,7 +161,7 @@ class Sampler:
     """How a draw is made.
 
     Attributes:
-      name: "euler", "heun", "dpmpp" (DPM-Solver++ 2M, one evaluation a step) or "dpmpp_2s" (two).
+      name: "angle" (Heun's method where a unit Gaussian is exact), "euler", "heun", "dpmpp" (DPM-Solver++ 2M, one evaluation a step) or "dpmpp_2s" (two).
       steps: noise levels; the last step goes from `sigma_min` to the denoised target.
       churn: noise put back before each step, `S_churn` of Karras et al. (2022) Algorithm 2; 0 solves the deterministic ODE.
       churn_min, churn_max: noise levels between which noise is put back.
@@ -287,9 +287,27 @@ def dpmpp_2s(denoiser: Denoiser, x: Array, start: Array, stop: Array, past: Past
     return blend(x, denoiser(blend(x, x0, middle / start), middle), stop / start), Past(x0, start)
 
 
+def angle(denoiser: Denoiser, x: Array, start: Array, stop: Array, past: Past) -> tuple[Array, Past]:
+    """Heun's method in the angle `arctan(sigma)` for `z = x cos(angle)`, the variables of TrigFlow (Lu & Song 2024, eq. 3).
+
+    For data of unit variance `z` keeps its size, and a Gaussian's path is a point: any number of steps draws it without the
+    few per cent by which the other methods miss its variance at 12 to 24 steps.
+    """
+    first, last = jnp.arctan(start), jnp.arctan(stop)
+
+    def slope(z: Array, sigma: Array, at: Array) -> tuple[Array, Array]:
+        x0 = denoiser(z / jnp.cos(at), sigma)
+        return (z * jnp.cos(at) - x0) / jnp.sin(at), x0
+
+    z = x * jnp.cos(first)
+    rise, x0 = slope(z, start, first)
+    rise_end, _ = slope(z + (last - first) * rise, stop, last)
+    return (z + (last - first) * (rise + rise_end) / 2) / jnp.cos(last), Past(x0, start)
+
+
 def blend(x: Array, x0: Array, share: Array) -> Array:
     """What is left of `x` when its noise shrinks to `share` around the estimate `x0`."""
     return share * x + (1 - share) * x0
 
 
-STEPS: dict[str, Step] = {"euler": euler, "heun": heun, "dpmpp": dpmpp, "dpmpp_2s": dpmpp_2s}
+STEPS: dict[str, Step] = {"euler": euler, "heun": heun, "dpmpp": dpmpp, "dpmpp_2s": dpmpp_2s, "angle": angle}

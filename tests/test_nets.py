@@ -30,31 +30,43 @@ def inputs(spec: Spec, seed: int = 0):
     return tuple(jax.random.normal(jax.random.key(seed + i), shape) for i, shape in enumerate(shapes))
 
 
-def shaken(net: nnx.Module, scale: float = 0.1) -> nnx.Module:
+def shaken(net: nnx.Module) -> nnx.Module:
     """The net with random parameters everywhere, as after training."""
     graph, state = nnx.split(net, nnx.Param)
     leaves, tree = jax.tree.flatten(state)
-    noisy = [leaf + scale * jax.random.normal(jax.random.fold_in(KEY, i), leaf.shape) for i, leaf in enumerate(leaves)]
+    noise = jnp.split(0.1 * jax.random.normal(KEY, (sum(leaf.size for leaf in leaves),)), np.cumsum([leaf.size for leaf in leaves])[:-1])
+    noisy = [leaf + part.reshape(leaf.shape) for leaf, part in zip(leaves, noise, strict=True)]
     return nnx.merge(graph, jax.tree.unflatten(tree, noisy))
+
+
+def untrained(build, *args, **options) -> nnx.Module:
+    return nnx.jit(lambda: build(*args, **options, rngs=nnx.Rngs(0)))()
+
+
+def trained(build, *args, **options) -> nnx.Module:
+    return nnx.jit(lambda: shaken(build(*args, **options, rngs=nnx.Rngs(0))))()
+
+
+call = nnx.jit(lambda net, *args: net(*args))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: "x".join(map(str, s.grid)))
 @pytest.mark.parametrize("name", SMALL)
 def test_output_has_the_shape_of_the_target_and_starts_at_zero(name, spec):
-    net = SMALL[name](spec, rngs=nnx.Rngs(0))
-    x, level, fields, scalars = inputs(spec)
-    out = net(x, level, fields, scalars)
-    assert out.shape == x.shape and out.dtype == jnp.float32
+    net = untrained(SMALL[name], spec)
+    args = inputs(spec)
+    out = call(net, *args)
+    assert out.shape == args[0].shape and out.dtype == jnp.float32
     assert not out.any()
-    trained = shaken(net)(x, level, fields, scalars)
-    assert trained.shape == x.shape and jnp.isfinite(trained).all() and trained.any()
+    out = call(shaken(net), *args)
+    assert jnp.isfinite(out).all() and out.any()
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_input_reaches_the_output(name):
-    spec = Spec((8, 12), 1, 1, 1, (False, True))
-    net = shaken(SMALL[name](spec, rngs=nnx.Rngs(0)))
-    slopes = jax.jacobian(lambda *a: net(*a)[3, 3, 0], argnums=(0, 1, 2, 3))(*inputs(spec))
+    spec = Spec((4, 6), 1, 1, 1, (False, True))
+    net = trained(SMALL[name], spec)
+    slopes = nnx.jit(lambda net, *a: jax.grad(lambda *a: net(*a)[3, 3, 0], argnums=(0, 1, 2, 3))(*a))(net, *inputs(spec))
     assert all(jnp.abs(slope).max() > 0 for slope in slopes)
 
 
@@ -67,21 +79,20 @@ def test_adaln_zero_blocks_start_as_the_identity(block):
 
 def test_unet_commutes_with_a_shift_along_periodic_axes_only():
     spec = Spec((12, 16), 1, 1, 0, (False, True))
-    net = shaken(UNet(spec, widths=(8, 8, 8), embedding=16, attention=True, rngs=nnx.Rngs(0)))
+    net = trained(UNet, spec, widths=(8, 8, 8), embedding=16, attention=True)
     x, level, fields, scalars = inputs(spec)
+    out = call(net, x, level, fields, scalars)
     move = partial(jnp.roll, shift=4, axis=1)  # a multiple of the coarsest cell, 2**2
-    out = net(x, level, fields, scalars)
-    np.testing.assert_allclose(net(move(x), level, move(fields), scalars), move(out), atol=2e-5)  # float32 sums in another order
+    np.testing.assert_allclose(call(net, move(x), level, move(fields), scalars), move(out), atol=2e-5)  # float32 sums in another order
     wrong = partial(jnp.roll, shift=4, axis=0)
-    assert jnp.abs(net(wrong(x), level, wrong(fields), scalars) - wrong(out)).max() > 1e-2
+    assert jnp.abs(call(net, wrong(x), level, wrong(fields), scalars) - wrong(out)).max() > 1e-2
 
 
 def test_positions_break_the_shift_symmetry():
     spec = Spec((16,), 1, 0, 0, (True,))
-    net = shaken(UNet(spec, widths=(8,), embedding=16, positions=4, rngs=nnx.Rngs(0)))
-    x, level, fields, scalars = inputs(spec)
-    out = net(x, level, fields, scalars)
-    assert jnp.abs(net(jnp.roll(x, 4, 0), level, fields, scalars) - jnp.roll(out, 4, 0)).max() > 1e-2
+    net = trained(UNet, spec, widths=(8,), embedding=16, positions=4)
+    x, *rest = inputs(spec)
+    assert jnp.abs(call(net, jnp.roll(x, 4, 0), *rest) - jnp.roll(call(net, x, *rest), 4, 0)).max() > 1e-2
 
 
 @pytest.mark.parametrize("padding", ["zero", "edge"])
@@ -125,20 +136,17 @@ def test_dropout_keeps_the_expectation_and_is_off_without_a_key():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_options_change_cost_not_result(name):
-    spec = Spec((8, 8), 1, 0, 1, (False, False))
+    spec = Spec((4, 4), 1, 0, 1, (False, False))
     args = inputs(spec)
-    plain, again, half = (
-        shaken(SMALL[name](spec, rngs=nnx.Rngs(0), **options)) for options in ({}, {"remat": True}, {"dtype": "bfloat16"})
+    slope = nnx.jit(lambda net, x, *rest: jax.grad(lambda x: jnp.sum(net(x, *rest)))(x))
+    plain, again, half, dropping = (
+        trained(SMALL[name], spec, **options) for options in ({}, {"remat": True}, {"dtype": "bfloat16"}, {"dropout": 0.5})
     )
-    slope = partial(jax.grad, argnums=0)
-    np.testing.assert_allclose(
-        slope(lambda x: again(x, *args[1:]).sum())(args[0]), slope(lambda x: plain(x, *args[1:]).sum())(args[0]), atol=1e-4
-    )
-    out = plain(*args)
-    assert jnp.abs(half(*args) - out).max() < 0.05 * jnp.abs(out).max() + 0.05  # bfloat16 has 8 bits, over a handful of layers
-    dropping = shaken(SMALL[name](spec, rngs=nnx.Rngs(0), dropout=0.5))
-    np.testing.assert_array_equal(dropping(*args), out)
-    assert jnp.abs(dropping(*args, KEY) - out).max() > 0
+    out = call(plain, *args)
+    np.testing.assert_allclose(slope(again, *args), slope(plain, *args), atol=1e-4)
+    assert jnp.abs(call(half, *args) - out).max() < 0.05 * jnp.abs(out).max() + 0.05  # bfloat16 has 8 bits, over a handful of layers
+    np.testing.assert_array_equal(call(dropping, *args), out)
+    assert jnp.abs(call(dropping, *args, KEY) - out).max() > 0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import numpy as np
 import zarr
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from zarr.codecs import BytesCodec, Crc32cCodec
 
 from twinsim.base import Array, BadInput, Condition, Constraint, Domain, Generator, Sample, Statistics, Target
 
@@ -194,6 +195,8 @@ def stream(
         shutil.rmtree(store)
     store.mkdir(parents=True, exist_ok=True)
     group = zarr.open_group(store / "arrays", mode="a")
+    for kind in ("sample", "rule"):
+        group.require_group(kind)
     every = list(blocks(members, items, batch))
     for index, block in enumerate(every):
         if block.name not in done:
@@ -223,8 +226,6 @@ def _array(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[i
     path = f"{kind}/{leaf.encode().hex()}" if kind == "rule" else name  # a rule's name is a sentence, not a file name
     if path in group:
         return group[path]
-    from zarr.codecs import BytesCodec, Crc32cCodec
-
     return group.create_array(path, shape=shape, chunks=chunks, dtype=dtype, serializer=BytesCodec(), compressors=[Crc32cCodec()])
 
 

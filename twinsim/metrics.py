@@ -224,7 +224,7 @@ def pooled_quantile_ratio(generated: np.ndarray, truth: np.ndarray, level: float
     return ratio(float(np.quantile(generated, level)), float(np.quantile(truth, level)))
 
 
-def exceedance_share(x: np.ndarray, threshold: float, weights: np.ndarray | float = 1.0) -> np.ndarray:
+def exceedance(x: np.ndarray, threshold: float, weights: np.ndarray | float = 1.0) -> np.ndarray:
     """Share of members and grid above `threshold`, of an ensemble `[member, n, *grid]`: `[n]`; truth goes in as `truth[None]`.
 
     The `ratio` of the means of two such series is the wet-fraction ratio.

@@ -6,18 +6,15 @@ Each is fitted by its constructor from training samples `{name: [n, y, x]}` and 
 ones repeat their one answer. What is drawn for one item is drawn for all its variables at once, so that they fit together.
 """
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Collection
+from typing import Literal
 
 import numpy as np
 
 from domains.climate import means
 from domains.climate.grid import coarsen, conserve_block_mean, refine
-from twinsim.base import BadInput, Baseline, Condition, Sample
+from twinsim.base import BadInput, Condition, Sample
 from twinsim.metrics import radial_spectrum
-
-if TYPE_CHECKING:
-    from domains.climate.domain import Climate
 
 YEAR = 365.25  # days
 SEASON = 15  # days before and after that count as the same season
@@ -356,46 +353,13 @@ class Nearest:
         self.x = (x - self.mean) / self.spread
 
     def __call__(self, coarse: Sample, count: int) -> np.ndarray:
-        """Rows of the `count` nearest training days of each background, `[n, count]`, nearest first."""
-        count = min(count, len(self.x))
+        """Rows of the `count` nearest training days of each background, `[n, count]`, nearest first; a short record repeats."""
         z = (self._flat(coarse) - self.mean) / self.spread
         distance = (self.x**2).sum(1) - 2 * z @ self.x.T
-        return np.argsort(distance, axis=1, kind="stable")[:, :count]
+        return np.argsort(distance, axis=1, kind="stable")[:, np.arange(count) % len(self.x)]
 
     def _flat(self, coarse: Sample) -> np.ndarray:
         return np.concatenate([np.asarray(coarse[name], np.float64).reshape(len(coarse[name]), -1) for name in self.names], axis=1)
-
-
-# ---------------------------------------------------------------- those of one domain
-
-
-def fit(domain: "Climate", sample: Sample, condition: Condition) -> Mapping[str, Baseline]:
-    """The reference generators that suit a climate domain, by name, fitted on its training samples."""
-    non_negative = [name for name, quantity in domain.quantities.items() if quantity.lower == 0]
-    background = domain.background
-    if not background:
-        states: dict[str, Any] = {"weights": domain.weights, "non_negative": non_negative, "forcing": domain.forcing}
-        found: dict[str, Baseline] = {
-            "climatology bootstrap": ClimatologyBootstrap(sample, condition, **states),
-            "PCA-Gaussian": PCAGaussian(sample, condition, **states, response="pattern" if domain.forcing else "none"),
-        }
-        if domain.forcing:
-            found["uniform shift of the control"] = ClimatologyBootstrap(sample, condition, **states, response="uniform")
-        return found
-    ratio = [name for name in non_negative if domain.quantities[name].conserve == "scale"]
-    settings: dict[str, Any] = {"non_negative": ratio, "periodic": domain.periodic}
-    found = {"bicubic interpolation": Interpolation(background.factor, **settings)}
-    if background.climatology:
-        found["quantile mapping (BCSD)"] = QuantileMapping(sample, background.factor, **settings)
-        local = background.regression == "neighbourhood"
-        found["ridge + analogue residuals"] = RidgeAnalogue(sample, background.factor, neighbourhood=local, **settings)
-        if background.conserve:
-            kept = RidgeAnalogue(sample, background.factor, neighbourhood=local, conserve=True, **settings)
-            found["ridge + analogue residuals, block means kept"] = kept
-    found["analogues"] = Analogues(sample, background.factor, non_negative=ratio)
-    if not background.climatology and len(ratio) == len(sample):
-        found["RainFARM"] = RainFARM(sample, background.factor)
-    return found
 
 
 # ---------------------------------------------------------------- parts

@@ -499,7 +499,7 @@ class Climate:
             rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), held_out)).round().astype(int)]
             members = min(members, self.judge.remembered)
         recorded = self.truth(rows)
-        drawn = {"train": ({}, recorded), "held out": ({name: np.asarray(v)[:members] for name, v in generated.items()}, truth)}
+        drawn: dict[str, tuple[Sample, Sample]] = {"train": ({}, recorded), "held out": ({name: np.asarray(v)[:members] for name, v in generated.items()}, truth)}
         if self.background:
             question = Question(self.conditions(rows, recorded), members, {self.item: (self.item, rows)}, "the training samples")
             drawn["train"] = ({name: np.asarray(v[...]) for name, v in ask(question).items()}, recorded)

@@ -39,7 +39,7 @@ MU, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(LATITUDES)  # sine of latitu
 COS_LATITUDE = np.sqrt(1 - MU**2)
 DAYS_A_CHUNK = 365
 MEMORY_UNIT = 64  # a coefficient's day-to-day memory is a whole number of 1/64, so that decoding is exact everywhere
-RAIN_STEP = 0.25  # (mm day-1)^0.5
+RAIN_STEP = 2 / 9  # (mm day-1)^0.5; 1 mm day-1 then lies between two levels, so that wet days stay wet days
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Packing:
 
 
 SPECTRAL = {
-    "tas": Packing(47, 47, 47, 0.3),
-    "hus850": Packing(32, 38, 31, 0.3),
-    "zg500": Packing(32, 38, 31, 0.3),
-    "ua500": Packing(32, 38, 31, 0.3, times_cosine=True),
-    "ta500": Packing(32, 38, 31, 0.3),
-    "ps": Packing(32, 38, 31, 0.3, logarithm=True),
-    "va500": Packing(32, 38, 31, 0.3, times_cosine=True),
+    "tas": Packing(47, 47, 47, 0.25),
+    "hus850": Packing(32, 38, 31, 0.26),
+    "zg500": Packing(32, 38, 31, 0.26),
+    "ua500": Packing(32, 38, 31, 0.26, times_cosine=True),
+    "ta500": Packing(32, 38, 31, 0.26),
+    "ps": Packing(32, 38, 31, 0.26, logarithm=True),
+    "va500": Packing(32, 38, 31, 0.26, times_cosine=True),
 }
 
 
@@ -93,7 +93,9 @@ def open_embedded(branches: Sequence[str] = ("control",), variables: Sequence[st
     _known("branch", branches, BRANCHES)
     _known("variable", names, OUTPUTS)
     if not path.is_file():
-        raise BadInput(f"{path}: the shipped climate data are missing; expected the file that `python -m domains.climate.embedded pack` writes")
+        raise BadInput(
+            f"{path}: the shipped climate data are missing; expected the file that `python -m domains.climate.embedded pack` writes"
+        )
     try:
         with zarr.storage.ZipStore(path, mode="r") as store:
             packed = xr.open_dataset(store, engine="zarr", consolidated=False, chunks=None)
@@ -191,7 +193,10 @@ def _pack(raw: dict[str, xr.Dataset]) -> xr.Dataset:
     """The integers and tables of all branches, joined along `time`."""
     control = raw["control"]
     branch = np.concatenate([np.full(run.sizes["time"], index, np.int8) for index, run in enumerate(raw.values())])
-    data: dict[str, tuple] = {"branch_of_day": (("time",), branch), "sst_offset": (("branch",), np.array(list(BRANCHES.values()), np.float32))}
+    data: dict[str, tuple] = {
+        "branch_of_day": (("time",), branch),
+        "sst_offset": (("branch",), np.array(list(BRANCHES.values()), np.float32)),
+    }
     for name in ("orog", "lsm"):
         data[name] = (("lat", "lon"), control[name].values.astype(np.float32), control[name].attrs)
     hundredths = np.rint(control["sst"].values * 100).astype(np.uint16)
@@ -323,7 +328,11 @@ def _unpack(packed: xr.Dataset, branches: list[str], names: list[str]) -> xr.Dat
     for name in ("orog", "lsm"):
         data[name] = packed[name].load().variable
     sst = packed["sst_levels"]
-    data["sst"] = (sst.dims, (sst.values * sst.attrs["step"]).astype(np.float32), {key: value for key, value in sst.attrs.items() if key != "step"})
+    data["sst"] = (
+        sst.dims,
+        (sst.values * sst.attrs["step"]).astype(np.float32),
+        {key: value for key, value in sst.attrs.items() if key != "step"},
+    )
     coords = {
         "time": packed["time"].values[order],
         "lat": packed["lat"].load().variable,

@@ -232,11 +232,10 @@ def membership(domain: "Climate", drawn: Mapping[str, tuple[Sample, Sample]]) ->
     def stacked(sample: Sample) -> np.ndarray:
         return np.stack([np.asarray(sample[name], np.float32) / spread[name] for name in domain.quantities], axis=-1)
 
+    every = [pool(stacked(generated), domain.judge.pooled) for generated, _ in drawn.values() if generated]
     for split, (generated, truth) in drawn.items():
-        ensemble, recorded = stacked(generated), stacked(truth)
         if domain.background:
-            scaled[split] = metrics.nearest_member_distance(ensemble, recorded)
+            scaled[split] = metrics.nearest_member_distance(stacked(generated), stacked(truth))
         else:
-            every = np.concatenate([pool(stacked(g), domain.judge.pooled) for g, _ in drawn.values()])
-            scaled[split] = metrics.nearest_distance(recorded, every)
+            scaled[split] = metrics.nearest_distance(stacked(truth), np.concatenate(every))
     return metrics.membership_auc(scaled["train"], scaled["held out"], block=domain.judge.block)
