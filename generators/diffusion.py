@@ -161,19 +161,25 @@ class Sampler:
     """How a draw is made.
 
     Attributes:
-      name: "angle" (Heun's method where a unit Gaussian is exact), "euler", "heun", "dpmpp" (DPM-Solver++ 2M, one evaluation a step) or "dpmpp_2s" (two).
+      name: two evaluations a step: "midpoint" and "angle" (exact for white unit-variance targets), "heun", "dpmpp_2s";
+        one: "euler", "dpmpp" (DPM-Solver++ 2M). On Gaussians of standard deviation 0.1 to 10, ten steps of midpoint err by
+        at most 4 % in the spread of the draws; eighteen of heun (the default of Karras et al.) widen it by 1 to 9 %.
       steps: noise levels; the last step goes from `sigma_min` to the denoised target.
+      sigma_min, sigma_max: lowest and highest level; the highest should exceed by far the standard deviation of the target's
+        strongest pattern (the root of its largest covariance eigenvalue).
+      schedule: "tangent" or "karras"; None is the one that suits the name. `rho` is its exponent, None its usual one.
       churn: noise put back before each step, `S_churn` of Karras et al. (2022) Algorithm 2; 0 solves the deterministic ODE.
       churn_min, churn_max: noise levels between which noise is put back.
       churn_scale: standard deviation of that noise, `S_noise`.
       guidance_scale: weight of the condition, 1 = as trained (classifier-free guidance).
     """
 
-    name: str = "heun"
-    steps: int = 18
+    name: str = "midpoint"
+    steps: int = 12
     sigma_min: float = 0.002
     sigma_max: float = 80.0
-    rho: float = 7.0
+    schedule: str | None = None
+    rho: float | None = None
     churn: float = 0.0
     churn_min: float = 0.0
     churn_max: float = np.inf
@@ -187,18 +193,24 @@ class Sampler:
             raise BadInput(
                 f"sampler: expected steps >= 1 and 0 < sigma_min < sigma_max, got {self.steps}, {self.sigma_min}, {self.sigma_max}"
             )
-
+        if self.schedule is not None and self.schedule not in SCHEDULES:
+            raise BadInput(f"sampler: schedule must be one of {sorted(SCHEDULES)}, got {self.schedule!r}")
         if self.churn > 0 and self.name == "dpmpp":
             raise BadInput("sampler: dpmpp remembers its last step, which churn makes worthless; use dpmpp_2s or heun with churn")
 
     def __call__(self, denoiser: Denoiser, shape: tuple[int, ...], key: Array) -> Array:
         """One draw: pure noise, denoised."""
         start_key, churn_key = jax.random.split(key)
-        sigmas = karras_schedule(self.steps, self.sigma_min, self.sigma_max, self.rho)
+        sigmas = self.levels()
         x = sigmas[0] * jax.random.normal(start_key, shape)
         gammas = churn_schedule(sigmas, self.churn, self.churn_min, self.churn_max)
         x = solve(STEPS[self.name], denoiser, x, sigmas, churn_key, gammas, self.churn_scale)
         return denoiser(x, jnp.asarray(sigmas[-1]))  # = an Euler step to sigma 0
+
+    def levels(self) -> np.ndarray:
+        """Falling noise levels, `[steps]`."""
+        schedule, rho = SCHEDULES[self.schedule or ("tangent" if self.name == "midpoint" else "karras")]
+        return schedule(self.steps, self.sigma_min, self.sigma_max, rho if self.rho is None else self.rho)
 
 
 def karras_schedule(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
@@ -206,6 +218,18 @@ def karras_schedule(steps: int, sigma_min: float, sigma_max: float, rho: float =
     ramp = np.linspace(0.0, 1.0, steps)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return ((high + ramp * (low - high)) ** rho).astype(np.float32)
+
+
+def tangent_schedule(steps: int, sigma_min: float, sigma_max: float, rho: float = 2.0) -> np.ndarray:
+    """Falling noise levels, `[steps]`: `tan(u)^rho` at even steps of `u`, densest where noise and target are of one size.
+
+    Chosen by the exact error on Gaussians of standard deviation 0.03 to 20, see `test_few_midpoint_steps_keep_the_spread`.
+    """
+    high, low = (np.arctan(sigma ** (1 / rho)) for sigma in (sigma_max, sigma_min))
+    return (np.tan(np.linspace(high, low, steps)) ** rho).astype(np.float32)
+
+
+SCHEDULES: dict[str, tuple[Callable[..., np.ndarray], float]] = {"karras": (karras_schedule, 7.0), "tangent": (tangent_schedule, 2.0)}
 
 
 def churn_schedule(sigmas: np.ndarray, churn: float, low: float = 0.0, high: float = np.inf) -> np.ndarray:
@@ -273,6 +297,35 @@ def heun(denoiser: Denoiser, x: Array, start: Array, stop: Array, past: Past) ->
     return x + (stop - start) * (slope + slope_end) / 2, Past(x0, start)
 
 
+def midpoint(denoiser: Denoiser, x: Array, start: Array, stop: Array, past: Past) -> tuple[Array, Past]:
+    """Second order in the angle `t = atan(sigma)`, by the slope half way (see `turning`)."""
+    t, t_stop = jnp.arctan(start), jnp.arctan(stop)
+    t_half = (t + t_stop) / 2
+    z = x * jnp.cos(t)
+    slope, x0 = turning(denoiser, z, t)
+    slope, _ = turning(denoiser, z + (t_half - t) * slope, t_half)
+    return (z + (t_stop - t) * slope) / jnp.cos(t_stop), Past(x0, start)
+
+
+def angle(denoiser: Denoiser, x: Array, start: Array, stop: Array, past: Past) -> tuple[Array, Past]:
+    """Second order in the angle `t = atan(sigma)`, by the mean of the slopes at both ends (see `turning`)."""
+    t, t_stop = jnp.arctan(start), jnp.arctan(stop)
+    z = x * jnp.cos(t)
+    slope, x0 = turning(denoiser, z, t)
+    slope_end, _ = turning(denoiser, z + (t_stop - t) * slope, t_stop)
+    return (z + (t_stop - t) * (slope + slope_end) / 2) / jnp.cos(t_stop), Past(x0, start)
+
+
+def turning(denoiser: Denoiser, z: Array, t: Array) -> tuple[Array, Array]:
+    """`dz/dt` of `z = x cos(t)`, `t = atan(sigma)`, and the estimate (Salimans & Ho 2022, app. D; TrigFlow, Lu & Song 2024).
+
+    `z` keeps the variance 1 of the target, and for EDM the slope is the network's own output up to its sign: for white noise of
+    unit variance it is 0, and what a solver integrates is only how the target differs from that.
+    """
+    x0 = denoiser(z / jnp.cos(t), jnp.tan(t))
+    return (z * jnp.cos(t) - x0) / jnp.sin(t), x0
+
+
 def dpmpp(denoiser: Denoiser, x: Array, start: Array, stop: Array, past: Past) -> tuple[Array, Past]:
     """Second order from the last two estimates, DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2); the first step is Euler's."""
     x0 = denoiser(x, start)
@@ -287,27 +340,9 @@ def dpmpp_2s(denoiser: Denoiser, x: Array, start: Array, stop: Array, past: Past
     return blend(x, denoiser(blend(x, x0, middle / start), middle), stop / start), Past(x0, start)
 
 
-def angle(denoiser: Denoiser, x: Array, start: Array, stop: Array, past: Past) -> tuple[Array, Past]:
-    """Heun's method in the angle `arctan(sigma)` for `z = x cos(angle)`, the variables of TrigFlow (Lu & Song 2024, eq. 3).
-
-    For data of unit variance `z` keeps its size, and a Gaussian's path is a point: any number of steps draws it without the
-    few per cent by which the other methods miss its variance at 12 to 24 steps.
-    """
-    first, last = jnp.arctan(start), jnp.arctan(stop)
-
-    def slope(z: Array, sigma: Array, at: Array) -> tuple[Array, Array]:
-        x0 = denoiser(z / jnp.cos(at), sigma)
-        return (z * jnp.cos(at) - x0) / jnp.sin(at), x0
-
-    z = x * jnp.cos(first)
-    rise, x0 = slope(z, start, first)
-    rise_end, _ = slope(z + (last - first) * rise, stop, last)
-    return (z + (last - first) * (rise + rise_end) / 2) / jnp.cos(last), Past(x0, start)
-
-
 def blend(x: Array, x0: Array, share: Array) -> Array:
     """What is left of `x` when its noise shrinks to `share` around the estimate `x0`."""
     return share * x + (1 - share) * x0
 
 
-STEPS: dict[str, Step] = {"euler": euler, "heun": heun, "dpmpp": dpmpp, "dpmpp_2s": dpmpp_2s, "angle": angle}
+STEPS: dict[str, Step] = {"euler": euler, "heun": heun, "midpoint": midpoint, "angle": angle, "dpmpp": dpmpp, "dpmpp_2s": dpmpp_2s}

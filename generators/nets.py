@@ -172,6 +172,8 @@ class Conv(nnx.Module):
         pads = [(0, 0) if periodic or self.padding == "edge" else (half, half) for periodic in self.periodic]
         grid = tuple(range(1, rank + 1))
         numbers = lax.ConvDimensionNumbers((0, rank + 1, *grid), (rank + 1, rank, *range(rank)), (0, rank + 1, *grid))
+        # One convolution, padding itself: on XLA's CPU it runs at the speed of a matrix product, where nine shifted products or
+        # their im2col take 2 to 8 times as long.
         y = lax.conv_general_dilated(x[None], kernel, (1,) * rank, pads, dimension_numbers=numbers)[0]
         return y + along_channels(self.bias[...].astype(self.dtype), y)
 

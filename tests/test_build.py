@@ -135,6 +135,15 @@ def test_deep_nesting_ends_in_a_sentence():
         config_hash(node)
 
 
+def test_alias_bomb_ends_in_a_sentence():
+    node = ["x"] * 9
+    for _ in range(9):
+        node = [node] * 9  # what a YAML file with aliases becomes: small in memory, 9 to the 10th when walked
+    for verb in (config_hash, lambda bomb: build({"_target_": "twinsim.base.Variable", "dims": bomb})):
+        with pytest.raises(BadInput, match="at most 100000 values"):
+            verb(node)
+
+
 def test_builds_nested_lists_and_partials(parts):
     tree = build({"_target_": f"{HERE}.Tree", "left": [{"_target_": f"{HERE}.Leaf", "size": 1}], "name": "x"}, right=(1, 2))
     assert (tree.left[0].size, tree.right, tree.name) == (1, (1, 2), "x")

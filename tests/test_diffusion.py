@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from generators.diffusion import PROCESSES, STEPS, Denoising, Diffusion, Sampler, karras_schedule, solve
+from generators.diffusion import PROCESSES, STEPS, Denoising, Diffusion, Sampler, karras_schedule, solve, tangent_schedule
 from generators.nets import ResidualMLP
 from twinsim.base import BadInput, Example, Spec
 
@@ -30,12 +30,14 @@ def draws(sampler: Sampler, denoiser, count: int, shape: tuple[int, ...]):
 @pytest.mark.parametrize(
     "sampler",
     [
-        Sampler("euler", steps=200),
-        Sampler("heun", steps=18),
-        Sampler("dpmpp", steps=30),
-        Sampler("dpmpp_2s", steps=18),
-        Sampler("heun", steps=40, churn=10.0),
-        Sampler("dpmpp_2s", steps=40, churn=10.0),
+        Sampler("euler", steps=400),
+        Sampler("midpoint", steps=16),
+        Sampler("heun", steps=64),
+        Sampler("dpmpp", steps=64),
+        Sampler("dpmpp_2s", steps=64),
+        Sampler("heun", steps=64, churn=10.0),
+        Sampler("dpmpp_2s", steps=64, churn=10.0),
+        Sampler("midpoint", steps=64, churn=10.0),
     ],
     ids=lambda s: f"{s.name}-churn{s.churn:g}",
 )
@@ -48,7 +50,7 @@ def test_samples_of_a_gaussian_have_its_moments(sampler):
     assert (jnp.abs(jnp.cov(x.T) - jnp.diag(VARIANCE)) < (4 * (2 / count) ** 0.5 + 0.02) * scale).all()
 
 
-@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("dpmpp", 2), ("dpmpp_2s", 2)])
+@pytest.mark.parametrize("name, order", [("euler", 1), ("midpoint", 2), ("angle", 2), ("heun", 2), ("dpmpp", 2), ("dpmpp_2s", 2)])
 def test_order_of_convergence(name, order):
     # Along the deterministic path each component shrinks as its standard deviation: x - m ~ sqrt(variance + sigma^2).
     high, low = 8.0, 0.5
@@ -65,6 +67,29 @@ def test_schedule_is_that_of_karras():
     third = (80 ** (1 / 7) + 2 / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     np.testing.assert_allclose(sigmas[[0, 2, 4]], [80.0, third, 0.002], rtol=1e-5)
     assert (np.diff(sigmas) < 0).all()
+
+
+def test_tangent_schedule_is_symmetric_about_one():
+    sigmas = tangent_schedule(7, 0.01, 100.0)
+    np.testing.assert_allclose(sigmas * sigmas[::-1], 1, rtol=1e-3)
+    np.testing.assert_allclose(sigmas[[0, -1]], [100.0, 0.01], rtol=1e-4)
+
+
+def test_few_midpoint_steps_keep_the_spread():
+    # Deterministic solvers are linear maps of a Gaussian's noise, so the spread of the draws is known without drawing.
+    spread = jnp.array([0.1, 0.3, 1.0, 3.0, 10.0])
+
+    def denoiser(x, sigma):
+        return spread**2 / (spread**2 + sigma**2) * x
+
+    def ratio(sampler):
+        levels = sampler.levels()
+        return denoiser(solve(STEPS[sampler.name], denoiser, jnp.full(5, levels[0]), levels), levels[-1]) / spread
+
+    assert jnp.abs(ratio(Sampler("midpoint", steps=10)) - 1).max() < 0.04
+    assert jnp.abs(ratio(Sampler("midpoint", steps=18)) - 1).max() < 0.01
+    assert jnp.abs(ratio(Sampler("midpoint", steps=3, sigma_max=1e4)) - 1)[2] < 1e-3  # exact at unit variance
+    assert jnp.abs(ratio(Sampler("heun", steps=18)) - 1).max() > 0.05  # why midpoint is the default
 
 
 def test_one_euler_step_is_the_denoised_noise():
@@ -147,7 +172,8 @@ def train(model: Diffusion, examples: Example, steps: int):
         rows = jax.random.randint(key, (128,), 0, len(examples.target))
         batch = jax.tree.map(lambda a: a[rows], examples)
         value, slope = jax.value_and_grad(loss)(params, batch, jax.random.split(key, 128))
-        change, memory = optimizer.update(slope, memory)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its step count with floats
+            change, memory = optimizer.update(slope, memory)
         return (optax.apply_updates(params, change), memory), value
 
     (params, _), _ = jax.jit(lambda p: jax.lax.scan(update, (p, optimizer.init(p)), jax.random.split(KEY, steps)))(params)
@@ -207,7 +233,10 @@ def test_wrong_options_are_refused(options, words):
         Diffusion(Spec((2,), 1, 0, 0, (False,)), ResidualMLP, **options, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("options", [{"name": "rk4"}, {"steps": 0}, {"sigma_min": 1.0, "sigma_max": 0.5}, {"name": "dpmpp", "churn": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"name": "rk4"}, {"schedule": "cosine"}, {"steps": 0}, {"sigma_min": 1.0, "sigma_max": 0.5}, {"name": "dpmpp", "churn": 2.0}],
+)
 def test_wrong_samplers_are_refused(options):
     with pytest.raises(BadInput, match="sampler"):
         Sampler(**options)

@@ -129,7 +129,7 @@ def test_read_gives_back_what_was_written(run):
 
 def test_unchanged_folder_verifies_and_says_what_that_means(run):
     assert record.verify(run) == []
-    said = record.proves([])
+    said = record.proof([])
     assert "every file has the bytes" in said and "Not shown: who made it" in said
 
 
@@ -141,7 +141,7 @@ def test_every_changed_byte_is_found_and_named(run):
             (run / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
             found = record.verify(run)
             assert ("changed", name) in [(one.kind, one.path) for one in found], (name, place)
-            assert name in record.proves(found)
+            assert name in record.proof(found)
         (run / name).write_bytes(content + b"\n")
         assert ("changed", name) in [(one.kind, one.path) for one in record.verify(run)]
         (run / name).write_bytes(content)

@@ -210,11 +210,12 @@ def test_bad_overrides_name_themselves(write, change, says):
     assert says in refusal(write(HEAD + "events: []\n"), change)
 
 
-def test_find(tmp_path, write):
+def test_find(tmp_path, write, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "climate").mkdir()
     path = write(HEAD, "climate/heatwave.yaml")
     assert scenario.find("climate/heatwave", tmp_path) == path
-    assert scenario.find("scenarios/climate/heatwave.yaml", tmp_path) == path
+    assert scenario.find("scenarios/climate/heatwave.yaml", tmp_path) == path  # as typed in the checkout, from anywhere
     assert scenario.find(str(path), tmp_path) == path
     for wrong in ("climate/heatwav", "heatwave", "climat/heatwave", "heatwve.yaml"):
         with pytest.raises(BadInput, match="did you mean 'climate/heatwave'"):

@@ -29,6 +29,7 @@ ALLOWED = ("twinsim", "domains", "generators", "optax")
 # The engine's verbs read and write files or build again: a config names what they work on, never the verbs themselves.
 VERBS = ("twinsim.build", "twinsim.cli", "twinsim.record", "twinsim.report", "twinsim.run")
 MAX_DEPTH = 32
+MAX_VALUES = 100_000  # of a config read back from a file, aliases written out
 _RESERVED = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 
@@ -41,9 +42,10 @@ def build(node: Any, **given: Any) -> Any:
       BadInput: a target outside the allow-list, one that does not exist, or arguments that it does not take.
     """
     node = plain(node)
+    _check_size(node)
     if not isinstance(node, dict) or "_target_" not in node:
         raise BadInput(f"config: expected a table with a `_target_`, got {_show(node)}")
-    for place, inner in list(_targets(node, "", 0)):  # the whole shape first
+    for place, inner in list(_targets(node, "")):  # the whole shape first
         _check_call(inner, place, given if inner is node else {})
     # Hydra would copy `given` into a config and turn tuples and dataclasses into something else: they are bound outside of it.
     try:
@@ -73,16 +75,32 @@ def config_hash(config: Any) -> str:
 
 def canonical(config: Any) -> str:
     """JSON with sorted keys and no spaces; the same text on every machine."""
-    return json.dumps(_jsonable(plain(config), "config", 0), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    config = plain(config)
+    _check_size(config)
+    return json.dumps(_jsonable(config, "config"), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 # ---------------------------------------------------------------- the walk
 
 
-def _targets(node: Any, place: str, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _check_size(node: Any) -> None:
+    """Raises BadInput for a config that would take long to walk: too deep, or grown by aliases."""
+    stack, count = [(node, 0)], 0
+    while stack:
+        value, depth = stack.pop()
+        count += 1
+        if depth > MAX_DEPTH:
+            raise BadInput(f"config: expected at most {MAX_DEPTH} levels, got deeper nesting")
+        if count > MAX_VALUES:
+            raise BadInput(f"config: expected at most {MAX_VALUES} values, got more")
+        if isinstance(value, Mapping):
+            stack += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            stack += [(inner, depth + 1) for inner in value]
+
+
+def _targets(node: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every table with a `_target_`, at any depth. Raises BadInput for what no config of ours holds."""
-    if depth > MAX_DEPTH:
-        raise BadInput(f"config {place[:60]}: expected at most {MAX_DEPTH} levels, got deeper nesting")
     if isinstance(node, DictConfig | ListConfig):
         raise BadInput(f"config {place}: expected plain tables and lists, got an OmegaConf node inside of one")
     if isinstance(node, str) and "${" in node:
@@ -98,10 +116,10 @@ def _targets(node: Any, place: str, depth: int) -> Iterator[tuple[str, dict[str,
         if "_target_" in node:
             yield place, node
         for key, value in node.items():
-            yield from _targets(value, f"{place}.{key}" if place else key, depth + 1)
+            yield from _targets(value, f"{place}.{key}" if place else key)
     elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
         for index, value in enumerate(node):
-            yield from _targets(value, f"{place}.{index}", depth + 1)
+            yield from _targets(value, f"{place}.{index}")
 
 
 def _check_call(node: Mapping[str, Any], place: str, given: Mapping[str, Any]) -> None:
@@ -191,9 +209,7 @@ def _public(owner: Any) -> list[str]:
 # ---------------------------------------------------------------- plain values
 
 
-def _jsonable(value: Any, place: str, depth: int) -> Any:
-    if depth > MAX_DEPTH:
-        raise BadInput(f"{place[:60]}: expected at most {MAX_DEPTH} levels, got deeper nesting")
+def _jsonable(value: Any, place: str) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, os.PathLike):
@@ -207,9 +223,9 @@ def _jsonable(value: Any, place: str, depth: int) -> Any:
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise BadInput(f"{place}: expected names as keys, got {_show(list(value))}")
-        return {key: _jsonable(item, f"{place}.{key}", depth + 1) for key, item in value.items()}
+        return {key: _jsonable(item, f"{place}.{key}") for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return [_jsonable(item, f"{place}.{index}", depth + 1) for index, item in enumerate(value)]
+        return [_jsonable(item, f"{place}.{index}") for index, item in enumerate(value)]
     raise BadInput(f"{place}: expected a plain value, got {type(value).__name__}")
 
 

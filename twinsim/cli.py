@@ -146,7 +146,11 @@ def _reproduce(words: list[str]) -> int:
         raise BadInput(f"reproduce: {options[-1]}: expected a number, in the units of each variable") from None
     folder = _folder("reproduce", [word for word in words if word not in options])
     differences = run.reproduce(folder, progress, tolerance)
-    print("\n".join(differences) if differences else f"reproduced: every value of {folder} is the same" + (f" to {tolerance:g}" if tolerance else ", bit by bit"))
+    print(
+        "\n".join(differences)
+        if differences
+        else f"reproduced: every value of {folder} is the same" + (f" to {tolerance:g}" if tolerance else ", bit by bit")
+    )
     return 1 if differences else 0
 
 
@@ -234,7 +238,9 @@ def _explained(error: Exception, overrides: list[str]) -> Exception:
 def _paths(node: Any, prefix: str = "") -> list[str]:
     if not isinstance(node, dict):
         return [prefix]
-    return [prefix] * bool(prefix) + [path for key, value in node.items() for path in _paths(value, f"{prefix}.{key}" if prefix else str(key))]
+    return [prefix] * bool(prefix) + [
+        path for key, value in node.items() for path in _paths(value, f"{prefix}.{key}" if prefix else str(key))
+    ]
 
 
 def _sweep(verb: str, overrides: list[str]) -> int:

@@ -466,7 +466,7 @@ def verify(folder: Path) -> list[Finding]:
     return findings
 
 
-def proves(findings: Sequence[Finding]) -> str:
+def proof(findings: Sequence[Finding]) -> str:
     """What the outcome of `verify` does and does not mean, in plain words."""
     limits = (
         "Not shown: who made it, since a record without a signature can be rewritten together with the files; "

@@ -9,12 +9,14 @@ import io
 import math
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.style
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
@@ -58,13 +60,11 @@ def write(
     return path
 
 
-def _page(
-    title: str, sections: Sequence[Section], facts: Facts, summary: str, highlights: Mapping[str, str], limits: Sequence[str]
-) -> str:
+def _page(title: str, sections: Sequence[Section], facts: Facts, summary: str, highlights: Mapping[str, str], limits: Sequence[str]) -> str:
     limits = [*limits, "The data are drawn from a model that learnt from past data. They show what is plausible, not what will happen."]
-    pictures = _Count()
-    body = [_section(section, number, pictures) for number, section in enumerate(sections, 1)]
-    body.append(_provenance(facts, len(sections) + 1))
+    count = _Count()
+    body = [_section(section, number, count) for number, section in enumerate(sections, 1)]
+    body.append(_provenance(facts, len(sections) + 1, count))
     names = [*(section.title for section in sections), "Where this comes from"]
     contents = "".join(f'<li><a href="#part-{number}">{_text(name)}</a></li>' for number, name in enumerate(names, 1))
     figures = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in highlights.items())
@@ -124,8 +124,9 @@ def _section(section: Section, number: int, count: _Count) -> str:
 
 def _table(caption: str, rows: Sequence[Sequence[str]], number: int) -> str:
     """A table with headings on both sides; lines of a cell after its first are set small, a verdict as a tag."""
-    if not rows or any(len(row) != len(rows[0]) for row in rows):
-        raise BadInput(f"table {caption!r:.60}: expected rows of one length with a heading first, got lengths {[len(row) for row in rows][:8]}")
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) != 1:
+        raise BadInput(f"table {caption!r:.60}: expected rows of one length with a heading first, got lengths {lengths[:8]}")
     numeric = [all(_is_number(row[column]) for row in rows[1:]) and len(rows) > 1 for column in range(len(rows[0]))]
     kind = [' class="number"' if is_number else "" for is_number in numeric]
     head = "".join(f'<th scope="col"{kind[column]}>{_cell(text)}</th>' for column, text in enumerate(rows[0]))
@@ -148,7 +149,8 @@ def _cell(text: str) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return re.match(r"\s*(?:[-+−]?\d|–|none\b)", str(text)) is not None
+    """Whether the first line is a number, with a unit of at most two words."""
+    return re.fullmatch(r"(?:[<>]?\s?[-+−]?[\d.,]+(?:e[-+−]?\d+)?(?:\s?[^\s\d]\S*){0,2}|none|)", str(text).partition("\n")[0]) is not None
 
 
 def _figure(caption: str, picture: bytes, number: int) -> str:
@@ -167,7 +169,7 @@ def _figure(caption: str, picture: bytes, number: int) -> str:
     )
 
 
-def _provenance(facts: Facts, number: int) -> str:
+def _provenance(facts: Facts, number: int, count: _Count) -> str:
     commit = facts.code.get("commit", "")
     code = f"twinsim {__version__}" + (f", commit {commit[:12]}" if commit else ", commit unknown")
     code += ", with changes that are not committed" if facts.code.get("dirty") else ""
@@ -181,20 +183,22 @@ def _provenance(facts: Facts, number: int) -> str:
         "Run by": _text(facts.agent or "not stated"),
         "Started, ended": f"{_text(facts.started)}, {_text(facts.ended)}",
         "Licence of the output": _text(facts.licence),
-        "Machine": _text("; ".join(str(environment[name]) for name in ("platform", "python") if name in environment)),
+        "Machine": _text(f"{environment.get('platform', 'not stated')}, Python {environment.get('python', 'not stated')}"),
         "Devices": _text(_devices(environment.get("devices", []))),
         "Settings": _text(" ".join(f"{name}={value}" for name, value in environment.get("variables", {}).items()) or "none"),
     }
     facts_list = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>\n" for name, value in rows.items())
     inputs = [["Source", "Place", "Licence", "Size", "sha256, first 12 digits"]]
     inputs += [[one.name, one.place, one.licence, _bytes(one.size), one.sha256[:12]] for one in facts.inputs]
-    table = _table("Data that the run read", inputs, 0) if facts.inputs else "<p>The run read no data.</p>\n"
+    count.tables += bool(facts.inputs)
+    table = _table("Data that the run read", inputs, count.tables) if facts.inputs else "<p>The run read no data.</p>\n"
     packages = ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items())
     versions = f"<details><summary>Versions of all packages</summary><p>{_text(packages)}</p></details>\n" if packages else ""
     return f"""<section id="part-{number}" class="provenance" aria-labelledby="title-{number}">
 <h2 id="title-{number}">Where this comes from</h2>
 <p>The full record with the sha256 of every file is <code>ro-crate-metadata.json</code> in the same folder.
-<code>twinsim verify FOLDER</code> shows whether a file has changed since; <code>twinsim reproduce FOLDER</code> runs it again and compares.</p>
+<code>twinsim verify FOLDER</code> shows whether a file has changed since;
+<code>twinsim reproduce FOLDER</code> runs it again and compares.</p>
 <dl class="facts">
 {facts_list}</dl>
 {table}{versions}</section>
@@ -232,31 +236,64 @@ def scorecard(scores: Mapping[str, Scores], title: str = "Scores against held-ou
     """
     if len(scores) < 2:
         raise BadInput(f"scores: expected a baseline beside the model, got {', '.join(scores) or 'nothing'} alone")
+    tables, figures = {}, {}
+    for group, names in _groups(scores).items():
+        drawn = {name: {who: one.table[name] for who, one in scores.items() if name in one.table} for name in names}
+        verdicts = {name: _verdicts(one) for name, one in drawn.items()}
+        rows = [["Score", *scores, "Ideal"]]
+        leads: dict[str, list[str]] = {}
+        for name, one in drawn.items():
+            label = _short(name, group)
+            some = next(iter(one.values()))
+            cells = [_score_cell(one.get(who), verdicts[name].get(who, "")) for who in scores]
+            rows.append(["\n".join([label, some.units]) if some.units else label, *cells, _number(some.ideal)])
+            for who, said in verdicts[name].items():
+                if said == BEST:
+                    leads.setdefault(who, []).append(label)
+        tables[f"{group}: each score with its 95 % interval"] = rows
+        closest = "; ".join(f"{who} in {', '.join(labels)}" for who, labels in leads.items()) or "none"
+        figures[
+            f"{group}: each score (mark) with its 95 % interval (bar); the dashed line is the ideal. Closest to the ideal: {closest}."
+        ] = intervals({_short(name, group): one for name, one in drawn.items()})
+    text = [
+        f"All generators are judged on the same held-out truth. The model is {next(iter(scores))}; beside it stand its baselines.",
+        f"“{BEST}” marks the score closest to its ideal. “{LEVEL}” marks those that the intervals cannot tell from it. "
+        "A score without an interval says so.",
+    ]
+    return Section(title, text, tables, figures)
+
+
+def text_scorecard(scores: Mapping[str, Scores]) -> str:
+    """The same scores as a table for a terminal, a line each, the best of them named in words."""
+    rows = [["score", *scores, "ideal", ""]]
+    for name in dict.fromkeys(name for one in scores.values() for name in one.table):
+        one = {who: each.table[name] for who, each in scores.items() if name in each.table}
+        some = next(iter(one.values()))
+        said = _verdicts(one)
+        leaders = [who for who in one if said.get(who) == BEST]
+        level = [who for who in one if said.get(who) == LEVEL]
+        verdict = f"{BEST}: {', '.join(leaders)}" + (f"; level: {', '.join(level)}" if level else "") if leaders else ""
+        cells = [_number(one[who].value) if who in one else "none" for who in scores]
+        rows.append([f"{name} [{some.units}]" if some.units else name, *cells, _number(some.ideal), verdict])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    aligned = (
+        [
+            text.ljust(width) if column in (0, len(widths) - 1) else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    )
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def _groups(scores: Mapping[str, Scores]) -> dict[str, list[str]]:
+    """Scores by variable, the part before ": "; those of no variable, or alone in theirs, stand together at the end."""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for one in scores.values() for name in one.table):
         groups.setdefault(name.partition(": ")[0] if ": " in name else TOGETHER, []).append(name)
-    tables, figures = {}, {}
-    for group, names in groups.items():
-        verdicts = {name: _verdicts({who: one.table[name] for who, one in scores.items() if name in one.table}) for name in names}
-        rows = [["Score", *scores, "Ideal"]]
-        for name in names:
-            known = [one.table[name] for one in scores.values() if name in one.table]
-            unit = f"\n{known[0].units}" if known[0].units else ""
-            cells = [_score_cell(one.table.get(name), verdicts[name].get(who, "")) for who, one in scores.items()]
-            rows.append([_short(name) + unit, *cells, _number(known[0].ideal)])
-        tables[f"{group}: each score with its 95 % interval"] = rows
-        drawn = {name: {who: one.table[name] for who, one in scores.items() if name in one.table} for name in names}
-        best = [f"{_short(name)}: {' and '.join(who for who, said in verdicts[name].items() if said == BEST)}" for name in names]
-        figures[
-            f"{group}: each score (mark) with its 95 % interval (bar); the dashed line is the ideal. Closest to the ideal in {'; '.join(best)}."
-        ] = intervals(drawn)
-    text = [
-        f"All generators are judged on the same held-out truth, which none has seen. {next(iter(scores))} is the model; the others are "
-        "baselines that need no training.",
-        f'"{BEST}" marks the score closest to its ideal. "{LEVEL}" marks those that differ from it by no more than the interval of one '
-        "of the two; a score without an interval says so.",
-    ]
-    return Section(title, text, tables, figures)
+    alone = [name for group, names in groups.items() if len(names) == 1 or group == TOGETHER for name in names]
+    groups = {group: names for group, names in groups.items() if len(names) > 1 and group != TOGETHER}
+    return {**groups, TOGETHER: alone} if alone else groups
 
 
 def _verdicts(scores: Mapping[str, Score]) -> dict[str, str]:
@@ -284,17 +321,19 @@ def _score_cell(score: Score | None, verdict: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, with a true minus sign."""
+    """At least three significant digits, with a true minus sign."""
     if not math.isfinite(value):
         return "none"
-    text = f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.2e}"
-    if "e" not in text and value != 0 and abs(value) < 1000:
-        text = f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-    return text.replace("-", "−")
+    value = float(f"{value:.3g}") if abs(value) < 1000 else float(value)  # rounded first: 0.9999 is 1.00
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2e}".replace("-", "−")
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}".replace("-", "−")
 
 
-def _short(name: str) -> str:
-    return name.partition(": ")[2] or name
+def _short(name: str, group: str) -> str:
+    return name.removeprefix(f"{group}: ")
 
 
 def curves(scores: Mapping[str, Scores], title: str = "Behind the scores") -> Section:
@@ -351,7 +390,8 @@ _KINDS = {
         logarithmic=True,
     ),
     "quantiles": _Look(
-        "Quantiles of the generated values against those of the truth. On the diagonal the two distributions agree; the ends are the extremes.",
+        "Quantiles of the generated values against those of the truth. On the diagonal the two distributions agree; the ends are "
+        "the extremes.",
         "quantile of the truth",
         "quantile generated",
         diagonal=True,
@@ -377,8 +417,9 @@ def _series(values: np.ndarray) -> Series:
 
 # ---------------------------------------------------------------- pictures
 
-# Okabe & Ito (2008), told apart by every kind of colour vision, in an order of falling contrast to white; each has its own mark.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5C00", "#56B4E9", "#666666")
+# After Okabe & Ito (2008), told apart by every kind of colour vision; the light ones darkened to 3:1 against white (WCAG 2.1,
+# 1.4.11). Each has its own mark, so that colour is never alone.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B8568C", "#7A5C00", "#2E9AD6", "#666666")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 INK, QUIET = "#1b1f24", "#8a9099"
 _LOOK = {
@@ -444,9 +485,11 @@ def lines(panels: Sequence[Panel]) -> bytes:
         for axes, panel in zip(grid, panels, strict=False):
             axes.grid(True)
             for name, (x, y) in panel.series.items():
-                axes.plot(*_drawable(x, y, panel.logarithmic), **_line(name, names, len(x)), label=name)
-            axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
-            if panel.logarithmic:
+                x, y = _drawable(x, y, panel.logarithmic)
+                if len(x):
+                    axes.plot(x, y, **_line(name, names, len(x)), label=name)
+            axes.set(title=_wrapped(panel.title, len(panels)), xlabel=panel.xlabel, ylabel=panel.ylabel)
+            if panel.logarithmic and axes.lines:
                 axes.set(xscale="log", yscale="log")
                 axes.xaxis.set_minor_formatter(NullFormatter())
                 axes.yaxis.set_minor_formatter(NullFormatter())
@@ -477,7 +520,7 @@ def intervals(scores: Mapping[str, Mapping[str, Score]]) -> bytes:
                 axes.plot([score.low, score.high], [place, place], color=style["color"], linewidth=4, alpha=0.4, solid_capstyle="butt")
                 axes.plot(score.value, place, color=style["color"], marker=style["marker"], markersize=6, linestyle="none")
             units = next(iter(one.values())).units
-            axes.set(title=_short(name), xlabel=units or "", ylim=(len(names) - 0.5, -0.5))
+            axes.set(title=_wrapped(name, len(scores)), xlabel=units or "", ylim=(len(names) - 0.5, -0.5))
             axes.set_yticks(range(len(names)), names if index % columns == 0 else [""] * len(names))
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
@@ -489,6 +532,11 @@ def _figure_of(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figu
     figure = Figure(figsize=size)
     grid = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
     return figure, grid
+
+
+def _wrapped(title: str, panels: int) -> str:
+    """A title in lines that are no wider than its panel."""
+    return textwrap.fill(title, 66 // min(3, panels) + 8)
 
 
 def _line(name: str, names: Sequence[str], points: int) -> dict:
@@ -513,12 +561,12 @@ def _diagonal_start(panel: Panel) -> float:
 
 
 def _legend(figure: Figure, grid: Sequence[Axes]) -> None:
-    found = {}
+    found: dict[str, Artist] = {}
     for axes in grid:
         handles, labels = axes.get_legend_handles_labels()
         found.update(zip(labels, handles, strict=True))
     if found:
-        figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=min(5, len(found)))
+        figure.legend(list(found.values()), list(found), loc="outside upper left", ncols=min(6, len(found)))
 
 
 def _svg(figure: Figure) -> bytes:
@@ -543,10 +591,12 @@ a { color: var(--accent); text-underline-offset: .15em; }
 a:focus-visible, [tabindex]:focus-visible, summary:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 .skip { position: absolute; left: -100vw; }
 .skip:focus { left: 1rem; top: 1rem; background: #fff; padding: .5rem 1rem; z-index: 1; }
-.synthetic { margin: 0 -1.5rem; padding: .6rem 1.5rem; background: var(--warm); border-bottom: 2px solid var(--warm-line); font-size: .9rem; }
+.synthetic { max-width: none; margin: 0 -1.5rem; padding: .6rem 1.5rem; background: var(--warm);
+  border-bottom: 2px solid var(--warm-line); font-size: .9rem; }
 .synthetic strong { display: inline-block; margin-right: .6rem; color: #6b4500; letter-spacing: .01em; }
 header { margin: 3rem 0 2rem; }
-h1 { margin: 0 0 .75rem; font-size: clamp(1.7rem, 4vw, 2.4rem); line-height: 1.15; letter-spacing: -.015em; font-weight: 680; text-wrap: balance; }
+h1 { margin: 0 0 .75rem; font-size: clamp(1.7rem, 4vw, 2.4rem); line-height: 1.15; letter-spacing: -.015em; font-weight: 680;
+  text-wrap: balance; }
 h2 { margin: 0 0 .75rem; font-size: 1.4rem; line-height: 1.25; letter-spacing: -.01em; font-weight: 650; }
 p, li { max-width: 42rem; }
 .summary { margin: 0; font-size: 1.2rem; line-height: 1.5; color: var(--quiet); text-wrap: pretty; }
@@ -554,10 +604,11 @@ p, li { max-width: 42rem; }
   padding: 1.25rem 0; border-block: 1px solid var(--line); }
 .highlights dt { font-size: .85rem; color: var(--quiet); }
 .highlights dd { margin: 0; font-size: 1.5rem; line-height: 1.3; font-weight: 600; font-variant-numeric: tabular-nums; }
-.limits { margin: 0 0 2.5rem; padding: 1.25rem 1.5rem; background: var(--pale); border-left: 4px solid var(--accent); border-radius: 0 4px 4px 0; }
+.limits { margin: 0 0 2.5rem; padding: 1.25rem 1.5rem; background: var(--pale);
+  border-left: 4px solid var(--accent); border-radius: 0 4px 4px 0; }
 .limits h2 { font-size: 1.05rem; margin-bottom: .4rem; }
 .limits ul { margin: 0; padding-left: 1.1rem; }
-.limits li { margin: .2rem 0; }
+.limits li { max-width: 48rem; margin: .2rem 0; }
 nav ol { display: flex; flex-wrap: wrap; gap: .25rem 1.75rem; margin: 0; padding: 0; list-style: none; font-size: .95rem; }
 section { margin-top: 3.5rem; }
 section > p { margin: 0 0 1rem; }
@@ -572,7 +623,8 @@ thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; font-wei
 tbody th { font-weight: 500; }
 .number { text-align: right; }
 td small, th small { display: block; color: var(--quiet); font-size: .8rem; font-weight: 400; white-space: nowrap; }
-td strong { display: inline-block; margin-left: .3rem; padding: 0 .4em; border-radius: 3px; font-size: .75rem; font-weight: 650; white-space: nowrap; }
+td strong { display: inline-block; margin-left: .3rem; padding: 0 .4em; border-radius: 3px; font-size: .75rem;
+  font-weight: 650; white-space: nowrap; }
 .best { background: var(--accent); color: #fff; }
 .level { border: 1px solid var(--accent); color: var(--accent); }
 td.number:has(strong) small { margin-top: .1rem; }
@@ -584,6 +636,7 @@ code { font: .9em/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu San
 .facts dt { color: var(--quiet); }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 .provenance td { overflow-wrap: anywhere; }
+.provenance .number { white-space: nowrap; }
 details { font-size: .85rem; color: var(--quiet); }
 details p { max-width: none; }
 summary { cursor: pointer; }
@@ -604,7 +657,7 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line);
   th, td { padding: .35rem .5rem; }
   thead { display: table-header-group; }
   tr, figure, .limits, .highlights div, .facts div { break-inside: avoid; }
-  caption { break-after: avoid; }
+  caption, thead, tbody tr:first-child, section > p:has(+ figure), section > p:has(+ .table) { break-after: avoid; }
   a { color: inherit; text-decoration: none; }
   details:not([open])::details-content { content-visibility: visible; block-size: auto; }
 }

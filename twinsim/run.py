@@ -29,6 +29,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from twinsim import checkpoint, generate, mesh, record, report, scenario, train
 from twinsim.base import BadInput, Domain, Example, Question, Sample, Score, Scores, Section, Statistics
 from twinsim.build import build, config_hash
+from twinsim.build import resolve as resolve_target
 from twinsim.data import ExampleStore, write_examples
 
 Progress = Callable[[str], Any]  # a named stage -> context manager that yields update(done, total, note="")
@@ -64,7 +65,9 @@ def places(config: Mapping[str, Any]) -> Places:
     training = {key: value for key, value in config["train"].items() if key in ("steps", "batch", "ema", "max_grad_norm", "seed")}
     name = str(config["domain"]["name"]).replace("/", "-")
     model_hash = config_hash([domain, generator, config["optimizer"], training, config["seed"]])
-    test_hash = config_hash([model_hash, config["generator"].get("sampler"), config["domain"].get("judge"), config["evaluate"], draws_of(config)])
+    test_hash = config_hash(
+        [model_hash, config["generator"].get("sampler"), config["domain"].get("judge"), config["evaluate"], draws_of(config)]
+    )
     model = out / "models" / f"{name}-{model_hash}"
     return Places(out / "data" / f"{name}-{config_hash(domain)}", model, model / f"evaluation-{test_hash}")
 
@@ -164,9 +167,7 @@ def draw(
     items = len(next(iter(question.condition.values()))) if question.condition else len(next(iter(question.coords.values()))[1])
 
     def compute(block: generate.Block) -> tuple[Sample, Mapping[str, np.ndarray]]:
-        return generate.compute(
-            sampler, trained.params, statistics, question.condition, block, seed, settings.tile, trained.devices.size
-        )
+        return generate.compute(sampler, trained.params, statistics, question.condition, block, seed, settings.tile, trained.devices.size)
 
     with mesh.preemption() as asked:
 
@@ -182,7 +183,10 @@ def write_dataset(dataset: xr.Dataset, path: Path, attributes: Mapping[str, Any]
     dataset = dataset.assign_attrs(attributes)
     encoding = {
         name: {
-            "chunks": tuple(1 if dim == "member" else min(size, 64) if dim == dataset[name].dims[1] else size for dim, size in dataset[name].sizes.items()),
+            "chunks": tuple(
+                1 if dim == "member" else min(size, 64) if dim == dataset[name].dims[1] else size
+                for dim, size in dataset[name].sizes.items()
+            ),
             "serializer": BytesCodec(),
             "compressors": [ZstdCodec(level=3), Crc32cCodec()],
         }
@@ -282,9 +286,7 @@ def _membership(trained: Trained, config, settings, generated, truth, folder, up
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, config: Mapping[str, Any]) -> None:
-    scores = {
-        name: {key: dataclasses.asdict(score) for key, score in each.table.items()} for name, each in evaluation.scores.items()
-    }
+    scores = {name: {key: dataclasses.asdict(score) for key, score in each.table.items()} for name, each in evaluation.scores.items()}
     curves = {f"{name}|{key}": value for name, each in evaluation.scores.items() for key, value in each.curves.items()}
     examples = {f"{name}|{key}": value for name, each in evaluation.examples.items() for key, value in each.items()}
     np.savez(folder / "curves.npz", **curves)
@@ -314,9 +316,11 @@ def deliver(config: Mapping[str, Any], progress: Progress) -> Path:
     began = time.time()
     path = scenario.find(config["scenario"])
     domain_name = config["domain"]["name"]
-    asked = scenario.load(path, build({"_target_": config["domain"]["_target_"], "_partial_": True}).func.Scenario, config["set"])
+    asked = scenario.load(path, resolve_target(config["domain"]["_target_"]).Scenario, _dotted(config["set"]))
     if asked.domain != domain_name:
-        raise BadInput(f"scenario {path.name}: it asks {asked.domain}, but the configured domain is {domain_name}; add domain={asked.domain}")
+        raise BadInput(
+            f"scenario {path.name}: it asks {asked.domain}, but the configured domain is {domain_name}; add domain={asked.domain}"
+        )
     where = places(config)
     identity = config_hash([where.model.name, where.evaluation.name, asked.model_dump(mode="json"), draws_of(config)])
     folder = Path(config["out"]) / "runs" / f"{path.stem.replace('_', '-')}-{identity}"
@@ -332,7 +336,13 @@ def deliver(config: Mapping[str, Any], progress: Progress) -> Path:
             samples, rules = draw(trained, question, settings, asked.seed, unfinished / "draws", identity, update)
         with progress("write"):
             dataset = trained.domain.dataset_of({name: values[...] for name, values in samples.items()}, question)
-            attributes = {"Conventions": "CF-1.11", "title": asked.title, "source": SYNTHETIC, "comment": SYNTHETIC, "history": f"twinsim run {identity}"}
+            attributes = {
+                "Conventions": "CF-1.11",
+                "title": asked.title,
+                "source": SYNTHETIC,
+                "comment": SYNTHETIC,
+                "history": f"twinsim run {identity}",
+            }
             write_dataset(dataset, unfinished / "samples.zarr", attributes)
             if "netcdf" in asked.formats:
                 dataset.assign_attrs(attributes).to_netcdf(unfinished / "samples.nc")
@@ -358,7 +368,9 @@ def deliver(config: Mapping[str, Any], progress: Progress) -> Path:
         with progress("report"):
             sections = trained.domain.sections(asked=asked, question=question, dataset=dataset, rules=rules, evaluation=evaluation)
             sections = [*sections, report.scorecard(evaluation.scores), report.curves(evaluation.scores), _check_section(rules, evaluation)]
-            highlights = {"members": str(question.members), "rules kept": f"{min(check['kept'] for check in checks.values()):.1%}"} if checks else {}
+            highlights = (
+                {"members": str(question.members), "rules kept": f"{min(check['kept'] for check in checks.values()):.1%}"} if checks else {}
+            )
             report.write(
                 unfinished / "report.html",
                 asked.title,
@@ -370,6 +382,14 @@ def deliver(config: Mapping[str, Any], progress: Progress) -> Path:
             )
             record.write(unfinished, facts)
     return folder
+
+
+def _dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"period": {"every": 2}}` -> `{"period.every": 2}`."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _check_section(rules: Mapping[str, np.ndarray], evaluation: Evaluation) -> Section:
@@ -400,7 +420,9 @@ def _check_disk(folder: Path, trained: Trained, question: Question) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if wanted > free:
-        raise BadInput(f"scenario: {question.members} members of {items} items need about {wanted / 1e9:.1f} GB in {place}, {free / 1e9:.1f} GB are free")
+        raise BadInput(
+            f"scenario: {question.members} members of {items} items need about {wanted / 1e9:.1f} GB in {place}, {free / 1e9:.1f} GB are free"
+        )
 
 
 def reproduce(folder: Path, progress: Progress, tolerance: float) -> list[str]:

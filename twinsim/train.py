@@ -306,10 +306,12 @@ def fit(
 
 @contextlib.contextmanager
 def _saves_finished(folder: Path) -> Iterator[None]:
+    """Ends with every save complete and seen by every process; after an error, which may be of one process alone, waits for none."""
     try:
         yield
     finally:
         checkpoint.finish(folder)
+    meshes.wait_for_all(f"training in {folder} finished")
 
 
 def _resume(saved: Path, state: TrainState, settings: Settings, report: checkpoint.Report) -> TrainState:

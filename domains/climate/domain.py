@@ -39,7 +39,6 @@ from twinsim.base import (
 )
 
 SPLITS = ("train", "validation", "test")
-YEAR = 365.25  # days
 SPREAD_FLOOR = 1e-3  # of a transformed variable: where the truth never varies, the residual is not blown up
 
 
@@ -150,7 +149,9 @@ class Climate:
             if name not in self.dataset:
                 raise BadInput(f"static field {name}: not in the data, which has {', '.join(map(str, self.dataset.data_vars))}")
         if self.forcing and self.forcing not in self.dataset.coords:
-            raise BadInput(f"forcing {self.forcing}: expected a coordinate along {self.item}, got {', '.join(map(str, self.dataset.coords))}")
+            raise BadInput(
+                f"forcing {self.forcing}: expected a coordinate along {self.item}, got {', '.join(map(str, self.dataset.coords))}"
+            )
         if self.background:
             ny, nx = self.shape
             if ny % self.background.factor or nx % self.background.factor:
@@ -241,6 +242,15 @@ class Climate:
         axis = self.dataset[self.item] if self.item in self.dataset.coords else np.arange(self.dataset.sizes[self.item])
         return f"it goes from {np.asarray(axis)[0]} to {np.asarray(axis)[-1]}" if np.size(axis) else "it is empty"
 
+    @cached_property
+    def climatology(self) -> Mapping[str, Statistics]:
+        """Harmonics of each variable in its own units over the training split, with its response to the forcing: for judging."""
+        rows = self.rows("train")
+        recorded = self.conditions(rows) if self.season or self.forcing else {}
+        days = np.asarray(recorded.get("day_of_year", np.zeros(len(rows), np.float32)))
+        forcing = np.asarray(recorded[self.forcing]) if self.forcing else None
+        return {name: means.fit_harmonics(values, days, forcing) for name, values in self.truth(rows).items()}
+
     def source(self, split: str) -> "Truth":
         return Truth(self, self.rows(split))
 
@@ -252,7 +262,7 @@ class Climate:
         """Conditions `[n, ...]` of recorded samples; the background is the block mean of the truth."""
         named: dict[str, Array] = {}
         if self.season:
-            named["day_of_year"] = day_of_year(self.dataset["time"][rows]).astype(np.float32)
+            named["day_of_year"] = (means.YEAR * day_of_year(self.dataset["time"][rows])).astype(np.float32)
         if self.forcing:
             named[self.forcing] = self.dataset[self.forcing].values[rows].astype(np.float32)
         if self.background:
@@ -305,7 +315,9 @@ class Climate:
         if not self.background or not self.background.climatology:
             return {name: {"coarse": np.float32(0), "fine": np.float32(0)} for name in self.quantities}
         coarse = {name: q.maps.forward(condition[f"coarse_{name}"]) for name, q in self.quantities.items()}
-        return {name: {"coarse": np.asarray(coarse[name].mean(0)), "fine": np.asarray(transformed[name]).mean(0)} for name in self.quantities}
+        return {
+            name: {"coarse": np.asarray(coarse[name].mean(0)), "fine": np.asarray(transformed[name]).mean(0)} for name in self.quantities
+        }
 
     def _fit_regression(self, residual: Sample, condition: Condition) -> dict[str, tuple[Statistics, np.ndarray]]:
         """Per variable: regression of what interpolation misses, and its out-of-fold prediction of the training samples."""
@@ -389,7 +401,7 @@ class Climate:
     def _encode(self, statistics: Statistics, condition: Condition, expected: Sample) -> tuple[Array, Array]:
         scalars = []
         if self.season:
-            phase = 2 * jnp.pi * condition["day_of_year"] / YEAR
+            phase = 2 * jnp.pi * condition["day_of_year"] / means.YEAR
             scalars += [jnp.sqrt(2.0) * jnp.cos(phase), jnp.sqrt(2.0) * jnp.sin(phase)]
         if self.forcing:
             seen = statistics["scalars"][self.forcing]
@@ -499,7 +511,10 @@ class Climate:
             rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), held_out)).round().astype(int)]
             members = min(members, self.judge.remembered)
         recorded = self.truth(rows)
-        drawn: dict[str, tuple[Sample, Sample]] = {"train": ({}, recorded), "held out": ({name: np.asarray(v)[:members] for name, v in generated.items()}, truth)}
+        drawn: dict[str, tuple[Sample, Sample]] = {
+            "train": ({}, recorded),
+            "held out": ({name: np.asarray(v)[:members] for name, v in generated.items()}, truth),
+        }
         if self.background:
             question = Question(self.conditions(rows, recorded), members, {self.item: (self.item, rows)}, "the training samples")
             drawn["train"] = ({name: np.asarray(v[...]) for name, v in ask(question).items()}, recorded)

@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -38,6 +39,7 @@ LATITUDES, LONGITUDES = 48, 96
 MU, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(LATITUDES)  # sine of latitude, and the area it stands for (sum 2)
 COS_LATITUDE = np.sqrt(1 - MU**2)
 DAYS_A_CHUNK = 365
+DAYS_A_BLOCK = 64  # what is synthesised at a time, so that it stays in the processor's cache
 MEMORY_UNIT = 64  # a coefficient's day-to-day memory is a whole number of 1/64, so that decoding is exact everywhere
 RAIN_STEP = 2 / 9  # (mm day-1)^0.5; 1 mm day-1 then lies between two levels, so that wet days stay wet days
 
@@ -97,15 +99,17 @@ def open_embedded(branches: Sequence[str] = ("control",), variables: Sequence[st
             f"{path}: the shipped climate data are missing; expected the file that `python -m domains.climate.embedded pack` writes"
         )
     try:
-        with zarr.storage.ZipStore(path, mode="r") as store:
-            packed = xr.open_dataset(store, engine="zarr", consolidated=False, chunks=None)
+        store: Any = zarr.storage.ZipStore(path, mode="r")
+        with xr.open_dataset(store, engine="zarr", consolidated=False, chunks=None) as packed:
             return _unpack(packed, list(branches), names)
     except (OSError, ValueError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path}: damaged, expected the Zarr zip that twinsim ships: {error}") from error
 
 
 def pack(runs: Path, path: Path = DATA) -> Path:
-    """Packs `control.nc`, `cold1.nc`, `warm1.nc` and `warm2.nc` of a folder, made by `speedy.simulate`, and writes a README beside.
+    """Packs `control.nc`, `cold1.nc`, `warm1.nc` and `warm2.nc` of a folder, made by `speedy.simulate`.
+
+    Writes `README.md` and `SHA256SUMS` beside the data file.
 
     Raises:
       BadInput: a run is missing, of another warming or on another grid, or the packed file is larger than `MAX_BYTES`.
@@ -126,7 +130,9 @@ def pack(runs: Path, path: Path = DATA) -> Path:
     if partial.stat().st_size > MAX_BYTES:
         raise BadInput(f"{partial}: {partial.stat().st_size} bytes, expected at most {MAX_BYTES}; coarsen a step of SPECTRAL or RAIN_STEP")
     partial.replace(path)
-    (path.parent / "README.md").write_text(_readme(path, packed), encoding="utf-8")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (path.parent / "SHA256SUMS").write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    (path.parent / "README.md").write_text(_readme(path, digest, packed), encoding="utf-8")
     return path
 
 
@@ -175,15 +181,23 @@ def _synthesise(coefficients: np.ndarray, packing: Packing, profile: np.ndarray)
     projected back on its own truncation. This is done once, on the Legendre functions.
     """
     n, m, part = _wavenumbers(packing.degree, packing.order)
-    waves = np.zeros((len(coefficients), LATITUDES, LONGITUDES // 2 + 1), np.complex64)
-    scaled = (coefficients * np.where(m == 0, 1.0, np.sqrt(0.5)) * LONGITUDES).astype(np.float32)
+    scale = (np.where(m == 0, 1.0, np.sqrt(0.5)) * LONGITUDES).astype(np.float32)
+    columns, bases = {}, {}
     for zonal in range(packing.order + 1):
         kept = _legendre()[zonal, zonal : packing.truncation + 1]
         basis = (_legendre()[zonal] * (profile * GAUSS_WEIGHTS)) @ kept.T @ kept
-        for axis, target in enumerate((waves.real, waves.imag)):
-            chosen = (m == zonal) & (part == axis)
-            target[:, :, zonal] = scaled[:, chosen] @ basis[n[chosen]].astype(np.float32)
-    return np.fft.irfft(waves, axis=-1).astype(np.float32)
+        for axis in range(1 if zonal == 0 else 2):
+            columns[zonal, axis] = np.flatnonzero((m == zonal) & (part == axis))
+            bases[zonal, axis] = basis[n[columns[zonal, axis]]].astype(np.float32) * scale[columns[zonal, axis], None]
+    fields = np.empty((len(coefficients), LATITUDES, LONGITUDES), np.float32)
+    for first in range(0, len(fields), DAYS_A_BLOCK):
+        days = slice(first, first + DAYS_A_BLOCK)
+        block = np.ascontiguousarray(coefficients[days].T, np.float32)
+        waves = np.zeros((2, LONGITUDES // 2 + 1, LATITUDES, block.shape[1]), np.float32)
+        for (zonal, axis), basis in bases.items():
+            np.matmul(basis.T, block[columns[zonal, axis]], out=waves[axis, zonal])
+        fields[days] = np.fft.irfft((waves[0] + 1j * waves[1]).T, axis=-1)
+    return fields
 
 
 # ---------------------------------------------------------------- packing
@@ -292,10 +306,10 @@ def _narrow(values: np.ndarray, dtype: type, name: str) -> np.ndarray:
 
 def _errors(decoded: np.ndarray, raw: list[np.ndarray]) -> tuple[float, float]:
     """Area-weighted rms of the rounding error, and the median over cells of its ratio to the day-to-day standard deviation."""
-    square = np.mean((decoded - np.concatenate(raw)) ** 2, axis=0, dtype=np.float64)
+    square = ((decoded - np.concatenate(raw)).astype(np.float64) ** 2).mean(0)
     deviation = np.sqrt(np.mean(np.diff(raw[0].astype(np.float64), axis=0) ** 2, axis=0) / 2)
     ratio = np.sqrt(square)[deviation > 0] / deviation[deviation > 0]
-    return float(np.sqrt(_global_mean(square))), float(np.median(ratio))
+    return float(_global_mean(square)) ** 0.5, float(np.median(ratio))
 
 
 def _global_mean(field: np.ndarray) -> np.ndarray:
@@ -312,7 +326,7 @@ def _unpack(packed: xr.Dataset, branches: list[str], names: list[str]) -> xr.Dat
     branch_of_day = packed["branch_of_day"].values
     days = [np.flatnonzero(branch_of_day == i) for i in index]
     order = np.concatenate(days)
-    data = {}
+    data: dict[str, Any] = {}
     for name in names:
         runs = [packed[f"{name}_levels"].isel(time=slice(day[0], day[-1] + 1)).values for day in days]
         if name == "pr":
@@ -402,8 +416,7 @@ def _run(path: Path, sst_offset: float) -> xr.Dataset:
     return run
 
 
-def _readme(path: Path, packed: xr.Dataset) -> str:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+def _readme(path: Path, digest: str, packed: xr.Dataset) -> str:
     branch_of_day = packed["branch_of_day"].values
     days = ", ".join(f"{name} ({BRANCHES[name]:+.0f} K, {int((branch_of_day == index).sum())} days)" for index, name in enumerate(BRANCHES))
     rows = "\n".join(
@@ -416,8 +429,9 @@ def _readme(path: Path, packed: xr.Dataset) -> str:
 `{path.name}`: {path.stat().st_size} bytes, sha256 `{digest}`.
 
 Daily means on the T31 Gaussian grid (48 x 96 cells) of the general-circulation model SPEEDY, as run by `domains/climate/speedy.py`
-(package `jcm`): a simulation, not an observation. Runs, with the uniform warming of the sea surface: {days}.
-Static fields: surface altitude `orog`, land fraction `lsm`, climatological sea-surface temperature `sst`.
+(package `jcm`): a simulation, not an observation. Runs, with the uniform warming of the sea surface:
+{days}.
+Static fields: surface altitude `orog`, land fraction `lsm`, climatological sea-surface temperature `sst` (to 0.01 K).
 
 Made by `twinsim data` with the source "speedy" (one run a warming: `control.nc`, `cold1.nc`, `warm1.nc`, `warm2.nc` in a folder) and then
 

@@ -18,9 +18,7 @@ MAPS = {"K": "inferno", "mm day-1": "YlGnBu", "mm h-1": "YlGnBu", "1": "YlGnBu"}
 SHOWN = 3  # variables in maps, at most
 
 
-def sections(
-    domain: "Climate", asked: Any, question: Question, dataset: xr.Dataset, evaluation: Any, **_: Any
-) -> Sequence[Section]:
+def sections(domain: "Climate", asked: Any, question: Question, dataset: xr.Dataset, evaluation: Any, **_: Any) -> Sequence[Section]:
     """What was asked, the answer, and a look at samples next to truth and baselines."""
     return [_asked(domain, asked, question), _answer(domain, asked, question, dataset), _look(domain, evaluation)]
 
@@ -46,11 +44,15 @@ def _asked(domain: "Climate", asked: Any, question: Question) -> Section:
         level = impose.above_quantile or impose.below_quantile
         side = "above" if impose.above_quantile else "below"
         where = f"lat {impose.box.lat[0]:g} to {impose.box.lat[1]:g}, lon {impose.box.lon[0]:g} to {impose.box.lon[1]:g}"
-        rows.append(["Imposed", f"mean of {impose.variable} over {where} {side} the {level:.0%} quantile of the training days of the season"])
+        rows.append(
+            ["Imposed", f"mean of {impose.variable} over {where} {side} the {level:.0%} quantile of the training days of the season"]
+        )
     if asked.observe:
         rows.append(["Observations", "; ".join(f"{o.variable} = {o.value:g} at {o.lat:g}, {o.lon:g}" for o in asked.observe[:5])])
     variables = [["Variable", "Name", "Units"]] + [[q.long_name, name, q.units] for name, q in domain.quantities.items()]
-    return Section("What was asked", [asked.asks, f"To expect: {asked.expect.strip()}"], {"The question": rows, "What is generated": variables})
+    return Section(
+        "What was asked", [asked.asks, f"To expect: {asked.expect.strip()}"], {"The question": rows, "What is generated": variables}
+    )
 
 
 def _answer(domain: "Climate", asked: Any, question: Question, dataset: xr.Dataset) -> Section:
@@ -60,13 +62,23 @@ def _answer(domain: "Climate", asked: Any, question: Question, dataset: xr.Datas
         change, low, high = _change(domain, name, question, dataset)
         mean = float((dataset[name].mean(["member", domain.item]).values * domain.weights).mean())
         table.append(
-            [f"{quantity.long_name}, {quantity.units}", f"{mean:.5g}", f"{mean - change:.5g}", f"{change:+.3g}", f"{low:+.3g} to {high:+.3g}"]
+            [
+                f"{quantity.long_name}, {quantity.units}",
+                f"{mean:.5g}",
+                f"{mean - change:.5g}",
+                f"{change:+.3g}",
+                f"{low:+.3g} to {high:+.3g}",
+            ]
         )
         if index < SHOWN:
             base = _climatology(domain, question, dataset)[name]
             state = dataset[name].mean(["member", domain.item]).values
             spread = dataset[name].std(["member", domain.item]).values
-            fields = {"answer, mean": (state, ""), "change": (state - base, "difference"), "one member, first day": (dataset[name].values[0, 0], "")}
+            fields = {
+                "answer, mean": (state, ""),
+                "change": (state - base, "difference"),
+                "one member, first day": (dataset[name].values[0, 0], ""),
+            }
             fields["spread of days and members"] = (spread, "spread")
             caption = (
                 f"{quantity.long_name.capitalize()}: mean answer, its change from the training climate, one drawn state, and the standard "
@@ -101,7 +113,9 @@ def _climatology(domain: "Climate", question: Question, dataset: xr.Dataset) -> 
         return {name: np.asarray(values).mean(0) for name, values in domain.truth(rows).items()}
     plain: Sample = {name: v for name, v in question.condition.items() if name == "day_of_year"}
     count = dataset.sizes[domain.item]
-    return {name: values[:count].mean(0) for name, values in scores.training_climatology(domain, plain or {"item": np.zeros(count)}).items()}
+    return {
+        name: values[:count].mean(0) for name, values in scores.training_climatology(domain, plain or {"item": np.zeros(count)}).items()
+    }
 
 
 def _change(domain: "Climate", name: str, question: Question, dataset: xr.Dataset) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ import numpy as np
 import pydantic
 import xarray as xr
 
-from domains.climate import sources
+from domains.climate import means, sources
 from twinsim.base import Array, BadInput, Condition, Constraint, Exceedance, Observation, Question, Sample, Target
 from twinsim.scenario import Scenario, inside
 
@@ -127,7 +127,7 @@ def _from_period(domain: "Climate", scenario: ClimateScenario) -> tuple[dict[str
         raise BadInput(f"scenario {scenario.title!r}: period: expected 1 to {MOST_DAYS} days, got {first} to {last}")
     time = (first + np.arange(count) * np.timedelta64(scenario.period.every, "D")).astype("datetime64[ns]")
     stamps = xr.DataArray(time, dims="time")
-    condition: dict[str, Array] = {"day_of_year": sources.day_of_year(stamps).astype(np.float32)} if domain.season else {}
+    condition: dict[str, Array] = {"day_of_year": _days(stamps)} if domain.season else {}
     return condition, {"time": ("time", time)}
 
 
@@ -146,7 +146,7 @@ def _from_background(domain: "Climate", scenario: ClimateScenario, folder: Path)
         axis = domain.dataset[domain.item].values[rows] if domain.item in domain.dataset.coords else rows
         return condition, {domain.item: (domain.item, axis)}
     path = inside(folder, scenario.background.file or "")
-    names = {name: {"units": quantity.units} for name, quantity in domain.quantities.items()}
+    names = {name: {"name": name, "units": quantity.units} for name, quantity in domain.quantities.items()}
     period = (scenario.period.start, scenario.period.end) if scenario.period else None
     coarse = sources.open_cf([path], names, period=period)
     want = tuple(cells // domain.background.factor for cells in domain.shape)
@@ -160,8 +160,13 @@ def _from_background(domain: "Climate", scenario: ClimateScenario, folder: Path)
         condition[f"coarse_{name}"] = np.maximum(values, quantity.lower) if np.isfinite(quantity.lower) else values
     time = coarse["time"][:: scenario.period.every if scenario.period else 1]
     if domain.season:
-        condition["day_of_year"] = sources.day_of_year(time).astype(np.float32)
+        condition["day_of_year"] = _days(time)
     return condition, {"time": ("time", time.values)}
+
+
+def _days(time: xr.DataArray) -> np.ndarray:
+    """Day of the year, 0 at its start, `[time]`."""
+    return (means.YEAR * sources.day_of_year(time)).astype(np.float32)
 
 
 def _imposed(domain: "Climate", impose: Impose, condition: Condition) -> tuple[float, Callable[[Sample], Array], np.ndarray]:
@@ -173,7 +178,7 @@ def _imposed(domain: "Climate", impose: Impose, condition: Condition) -> tuple[f
     series = (domain.dataset[impose.variable].values[rows] * weights).sum((1, 2))
     level = impose.above_quantile if impose.above_quantile is not None else impose.below_quantile
     if domain.season:
-        recorded = np.asarray(sources.day_of_year(domain.dataset["time"][rows]))
+        recorded = _days(domain.dataset["time"][rows])
         wanted = np.asarray(condition["day_of_year"])
         apart = np.abs((recorded[None] - wanted[:, None] + 182.625) % 365.25 - 182.625)
         threshold = np.array([np.quantile(series[near <= WINDOW], level) if (near <= WINDOW).any() else np.nan for near in apart])
@@ -256,4 +261,3 @@ def _notes(domain: "Climate", scenario: ClimateScenario) -> list[str]:
     if scenario.observe:
         notes.append("An observation counts as kept when the drawn value lies within three standard errors of it.")
     return notes
-

@@ -4,7 +4,7 @@ Definitions are those of `twinsim.metrics`. Distributions are judged on anomalie
 seasonal cycle, which every competitor is given, does not hide what differs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,15 +73,9 @@ def pool(ensemble: np.ndarray, most: int) -> np.ndarray:
 
 def training_climatology(domain: "Climate", condition: Condition) -> Mapping[str, np.ndarray]:
     """Seasonal mean of the training split at no forcing, for the days of `condition`, `[n, y, x]`."""
-    rows = domain.rows("train")
-    days, forcing = np.zeros(len(rows), np.float32), None
-    recorded = domain.conditions(rows) if domain.season or domain.forcing else {}
-    days = np.asarray(recorded.get("day_of_year", days))
-    forcing = np.asarray(recorded[domain.forcing]) if domain.forcing else None
     items = len(next(iter(condition.values()))) if condition else 1
-    wanted = np.asarray(condition.get("day_of_year", np.zeros(items, np.float32)))
-    truth = domain.truth(rows)
-    return {name: np.asarray(means.harmonics(means.fit_harmonics(truth[name], days, forcing), wanted)) for name in domain.quantities}
+    days = np.asarray(condition.get("day_of_year", np.zeros(items, np.float32)))
+    return {name: np.asarray(means.harmonics(stat, days)) for name, stat in domain.climatology.items()}
 
 
 def spectrum(domain: "Climate", fields: np.ndarray) -> np.ndarray:
@@ -142,33 +136,41 @@ def _bootstrap_ratio(ensemble: np.ndarray, truth: np.ndarray, level: float, bloc
     return Score(value, 1.0, "", float(low), float(high))
 
 
-def _score_distribution(domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, climatology: np.ndarray, table: dict) -> None:
+def _score_distribution(
+    domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, climatology: np.ndarray, table: dict
+) -> None:
     weights, most = domain.weights, domain.judge.pooled
     generated, reference = pool(ensemble - climatology, most), truth - climatology
-    table[f"{name}: sliced Wasserstein"] = _resampled(
-        lambda g, r: metrics.sliced_wasserstein(g, r, weights), generated, reference, domain.judge.block, draws=20
-    )
+    thin = tuple(slice(None, None, max(1, cells // 16)) for cells in domain.shape)  # cells enough for an interval
+
+    def distance(g: np.ndarray, r: np.ndarray) -> float:
+        return metrics.sliced_wasserstein(g, r, weights if g.shape[1:] == weights.shape else weights[thin])
+
+    table[f"{name}: sliced Wasserstein"] = _around(distance, generated, reference, thin)
     for level, label in ((0.01, "1 % quantile error / sd"), (0.99, "99 % quantile error / sd")):
-        table[f"{name}: {label}"] = _resampled(
-            lambda g, r, level=level: metrics.quantile_error(g, r, level, relative=True), generated, reference, domain.judge.block, draws=20
-        )
+
+        def error(g: np.ndarray, r: np.ndarray, level: float = level) -> float:
+            return metrics.quantile_error(g, r, level, relative=True)
+
+        table[f"{name}: {label}"] = _around(error, generated, reference, thin)
     deviation = float((generated.std(0) / (reference.std(0) + 1e-9)).mean())
     table[f"{name}: deviation ratio"] = Score(deviation, 1.0)
     table[f"{name}: spatial correlation error"] = Score(metrics.spatial_correlation_error(generated, reference), 0.0)
     _score_return_level(domain, name, ensemble, truth, table)
 
 
-def _resampled(statistic, generated: np.ndarray, reference: np.ndarray, block: int, draws: int) -> Score:
-    """A statistic of two sets with an interval from resampling the generated set, whose size is our choice.
+def _around(
+    statistic: Callable[..., float], generated: np.ndarray, reference: np.ndarray, thin: tuple[slice, ...], draws: int = 20
+) -> Score:
+    """A statistic of two sets `[n, y, x]`, with an interval from resampling the generated set on a thinned grid.
 
     The truth is one record; its own sampling error is the same for all competitors and shows in the bootstrap baseline.
     """
     value = statistic(generated, reference)
-    rows = metrics.block_rows(len(generated), 1, draws, 0)
-    drawn = [statistic(generated[r], reference) for r in rows]
-    centre = float(np.mean(drawn)) - value  # a resample repeats samples, which adds a distance of its own
-    low, high = np.percentile(drawn, (2.5, 97.5)) - centre
-    return Score(value, 0.0, "", float(low), float(high))
+    few, of_truth = generated[:, *thin], reference[:, *thin]
+    drawn = np.array([statistic(few[rows], of_truth) for rows in metrics.block_rows(len(few), 1, draws, 0)])
+    low, high = np.percentile(drawn, (2.5, 97.5)) - drawn.mean()  # a resample repeats samples, which adds a distance of its own
+    return Score(value, 0.0, "", value + float(low), value + float(high))
 
 
 def _score_return_level(domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, table: dict) -> None:

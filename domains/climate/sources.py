@@ -12,14 +12,16 @@ import difflib
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import cf_xarray  # noqa: F401  (registers Dataset.cf)
 import numpy as np
@@ -32,6 +34,7 @@ GRAVITY = 9.80665  # m s-2, standard gravity (CGPM 1901)
 WATER_DENSITY = 1000.0  # kg m-3: 1 kg m-2 of rain is 1 mm, by convention
 MAX_BYTES = 16_000_000_000
 MAX_MISSING_STEPS = 1_000_000
+EDGE = 1e-6  # degrees or axis units by which a cell may lie outside a region's edge: float32 coordinates
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 Span = Sequence[str | int]  # [first, last], ISO dates or years, both included
@@ -143,27 +146,27 @@ def open_cf(
                     continue
                 try:
                     array = _pick(opened, spec, file)
-                    array = _subset(array, region, period, months, file)
+                    array = _within_time(array, period, months, file)
                 except _OutsideTime as error:
                     outside = str(error)  # another file may hold the period
                     continue
-                declared += array.size * array.dtype.itemsize
+                boxes = [_take(box, isel, file) for box in _boxes(array, region or {}, file)] if isel else _boxes(array, region or {}, file)
+                declared += sum(box.size * box.dtype.itemsize for box in boxes)
                 if declared > max_bytes:
                     raise BadInput(
-                        f"{file}: variable {spec.name} would load {declared / 1e9:.3g} GB, expected at most {max_bytes / 1e9:.3g} GB; choose a region or period"
+                        f"{file}: variable {spec.name} would load {declared / 1e9:.3g} GB,"
+                        f" expected at most {max_bytes / 1e9:.3g} GB; choose a region or period"
                     )
-                pieces[ours].append(_load(array, spec.name, file))
+                pieces[ours].append(_side_by_side([_load(box, spec.name, file) for box in boxes]))
     for ours, spec in wanted.items():
         if spec.name not in present:
-            raise BadInput(f"{where}: no variable {spec.name}; present: {', '.join(present) or 'none'}{_near(spec.name, present)}")
+            raise BadInput(f"{where}: no variable {spec.name}; {_present(spec.name, present)}")
         if not pieces[ours]:
             raise BadInput(outside)
 
     arrays = {ours: _to_units(_join(parts, ours, where), wanted[ours], where).rename(ours) for ours, parts in pieces.items()}
     dataset = _merge(arrays, where)
-    if isel:
-        dataset = _take(dataset, isel, where)
-    dataset = _fill_report(dataset, gaps, where)
+    dataset = _settle_gaps(dataset, gaps, where)
     if coarsen is not None:
         dataset = coarsened(dataset, coarsen)
     kept = {key: value for key, value in attrs.items() if isinstance(value, str | int | float | np.number)}
@@ -230,36 +233,36 @@ def _is_zarr(path: str) -> bool:
 def _open(path: str, max_bytes: int) -> xr.Dataset:
     """The dataset, nothing of it loaded but the coordinates of its dimensions."""
     try:
+        options: dict[str, Any] = {"chunks": None}
         if _is_zarr(path):
-            store: Any = zarr.storage.ZipStore(path, mode="r") if path.endswith(".zip") else path
-            _refuse_foreign_codecs(store, path)
-            options: dict[str, Any] = {"filename_or_obj": store, "engine": "zarr"}
-        else:
-            options = {"filename_or_obj": path}
-        with xr.open_dataset(**options, decode_times=False, create_default_indexes=False) as bare:
-            for name, variable in bare.variables.items():
-                if (name in bare.dims or name in bare.coords) and variable.size * variable.dtype.itemsize > max_bytes / 8:
+            group = zarr.open_group(_store(path), mode="r")
+            _refuse_foreign_codecs(group, path)
+            options |= {"engine": "zarr", "consolidated": group.metadata.consolidated_metadata is not None}
+        with xr.open_dataset(_store(path), decode_times=False, create_default_indexes=False, **options) as bare:
+            for name, variable in bare.coords.items():
+                if variable.size * variable.dtype.itemsize > max_bytes / 8:
                     raise BadInput(
                         f"{path}: coordinate {name} declares {variable.size} values, too many for a limit of {max_bytes / 1e9:.3g} GB"
                     )
-                if name in bare.dims and variable.dtype.kind not in "iufMmSUO":
-                    raise BadInput(f"{path}: coordinate {name} is of type {variable.dtype}, expected numbers")
-        return xr.open_dataset(**options, decode_timedelta=False, chunks=None)
+        return xr.open_dataset(_store(path), decode_timedelta=False, **options)
     except BadInput:
         raise
     except _UNREADABLE as error:
         raise BadInput(f"{path}: cannot be opened as NetCDF or Zarr, damaged or of another format: {_first_line(error)}") from error
 
 
-def _refuse_foreign_codecs(store: Any, path: str) -> None:
+def _store(path: str) -> Any:
+    """What xarray opens."""
+    return zarr.storage.ZipStore(path, mode="r") if _is_zarr(path) and path.endswith(".zip") else path
+
+
+def _refuse_foreign_codecs(group: zarr.Group, path: str) -> None:
     """Looks at the metadata of every array of a Zarr store; a codec such as pickle would run code when it decodes."""
-    group = zarr.open_group(store, mode="r")
     for name, array in [*group.members(max_depth=None)]:
         for codec in _codec_names(array.metadata.to_dict()):
             if codec.removeprefix("numcodecs.") not in _SAFE_CODECS:
-                raise BadInput(
-                    f"{path}: array {name} is encoded with {codec}, which is not allowed; expected one of {', '.join(sorted(_SAFE_CODECS))}"
-                )
+                allowed = ", ".join(sorted(_SAFE_CODECS))
+                raise BadInput(f"{path}: array {name} is encoded with {codec}, which is not allowed; expected one of {allowed}")
 
 
 def _codec_names(metadata: Any) -> Iterator[str]:
@@ -278,9 +281,8 @@ def _load(array: xr.DataArray, name: str, path: str) -> xr.DataArray:
     try:
         loaded = array.astype(np.float32 if array.dtype.itemsize <= 4 else np.float64).load()
     except MemoryError as error:
-        raise BadInput(
-            f"{path}: variable {name} does not fit in memory ({array.nbytes / 1e9:.3g} GB); choose a region or period"
-        ) from error
+        size = f"{array.nbytes / 1e9:.3g} GB"
+        raise BadInput(f"{path}: variable {name} does not fit in memory ({size}); choose a region or period") from error
     except _UNREADABLE as error:
         raise BadInput(f"{path}: variable {name} cannot be read, the file is damaged: {_first_line(error)}") from error
     return loaded
@@ -298,22 +300,18 @@ def _pick(dataset: xr.Dataset, spec: Wanted, path: str) -> xr.DataArray:
     array = dataset[spec.name]
     if array.dtype.kind not in "iuf":
         raise BadInput(f"{path}: variable {spec.name} is of type {array.dtype}, expected numbers")
-    chunks = array.encoding.get("chunksizes") or array.encoding.get("preferred_chunks") or array.encoding.get("chunks") or ()
-    chunk = (
-        int(np.prod([int(size) for size in (chunks.values() if isinstance(chunks, Mapping) else chunks)], dtype=object))
-        * array.dtype.itemsize
-    )
+    chunk = _chunk_bytes(array)
     if chunk > MAX_BYTES / 4:
-        raise BadInput(
-            f"{path}: variable {spec.name} is stored in chunks of {chunk / 1e9:.3g} GB, expected at most {MAX_BYTES / 4e9:.3g} GB"
-        )
+        limit = f"{MAX_BYTES / 4e9:.3g} GB"
+        raise BadInput(f"{path}: variable {spec.name} is stored in chunks of {chunk / 1e9:.3g} GB, expected at most {limit}")
     array = _at_levels(array, spec, path)
     axes = _axes(array, spec.name, path)
     extra = [dim for dim in array.dims if dim not in axes and array.sizes[dim] > 1]
     if extra:
         choices = "; ".join(f"{dim} has {array.sizes[dim]} values" for dim in extra)
         raise BadInput(
-            f"{path}: variable {spec.name} has more dimensions than time and the horizontal ({choices}), expected one picked with `at`"
+            f"{path}: variable {spec.name} has more dimensions than time and the horizontal ({choices}),"
+            " expected one value of each picked with `at`"
         )
     array = array.squeeze([dim for dim in array.dims if dim not in axes], drop=True)
     if 0 in array.shape:
@@ -321,41 +319,49 @@ def _pick(dataset: xr.Dataset, spec: Wanted, path: str) -> xr.DataArray:
     if axes.time is not None and axes.time != "time":
         array = array.drop_vars("time", errors="ignore").rename({axes.time: "time"})
     array = array.transpose(*(["time"] if axes.time else []), axes.y, axes.x)
-    mapping = str(array.attrs.get("grid_mapping") or array.encoding.get("grid_mapping") or "")
-    keep = {"time", axes.y, axes.x}
     latitude, longitude = _position(array, axes)
-    keep |= {name for name in (latitude, longitude) if name}
-    array = array.drop_vars([name for name in array.coords if name not in keep])
-    array = array.rename(
-        {name: ours for name, ours in ((latitude, "lat"), (longitude, "lon")) if name and name != ours and name not in array.dims}
-    )
+    array = array.drop_vars([name for name in array.coords if name not in {"time", axes.y, axes.x, latitude, longitude}])
+    for name, standard, units in ((latitude, "latitude", "degrees_north"), (longitude, "longitude", "degrees_east")):
+        if name:
+            attrs = {"units": units, **array[name].attrs, "standard_name": standard}
+            array = array.assign_coords({name: array[name].assign_attrs(attrs)})
+    mapping = str(array.attrs.get("grid_mapping") or array.encoding.get("grid_mapping") or "")
     if mapping in dataset.variables:
         array = array.assign_coords({mapping: dataset[mapping].drop_vars(list(dataset[mapping].coords))})
         array.attrs["grid_mapping"] = mapping
     for dim in (axes.y, axes.x):
-        if dim not in array.coords:
-            array = array.assign_coords({dim: np.arange(array.sizes[dim], dtype=np.float64)})
-        values = _finite(array, dim, path)
-        if len(values) > 1 and values[0] > values[-1]:
-            array = array.isel({dim: slice(None, None, -1)})
-            values = values[::-1]
-        if (np.diff(values) <= 0).any():
-            array = array.isel({dim: np.argsort(values, kind="stable")})
-            if (np.diff(array[dim].values) <= 0).any():
-                raise BadInput(f"{path}: coordinate {dim} has the same value twice, expected a monotonic axis")
-    for name, axis in (("lat", "Y"), ("lon", "X")):
-        if name in array.coords:
-            array[name].attrs.setdefault("units", "degrees_north" if axis == "Y" else "degrees_east")
-            array[name].attrs.setdefault("standard_name", "latitude" if axis == "Y" else "longitude")
+        array = _ascending(array, dim, path)
+    return array
+
+
+def _chunk_bytes(array: xr.DataArray) -> int:
+    """Size of the chunk that has to be decoded to read one value."""
+    chunks = array.encoding.get("preferred_chunks") or dict(enumerate(array.encoding.get("chunksizes") or ()))
+    return math.prod(int(size) for size in chunks.values()) * array.dtype.itemsize if chunks else 0
+
+
+def _ascending(array: xr.DataArray, dim: str, path: str) -> xr.DataArray:
+    """The array with `dim` in rising order; cells are numbered where the dimension has no coordinate."""
+    if dim not in array.coords:
+        return array.assign_coords({dim: np.arange(array.sizes[dim], dtype=np.float64)})
+    values = array[dim].values
+    if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        raise BadInput(f"{path}: coordinate {dim} is not finite or not a number, expected a monotonic axis")
+    steps = np.diff(values)
+    if (steps > 0).all():
+        return array
+    if (steps < 0).all():
+        return array.isel({dim: slice(None, None, -1)})
+    array = array.isel({dim: np.argsort(values, kind="stable")})
+    if (np.diff(array[dim].values) <= 0).any():
+        raise BadInput(f"{path}: coordinate {dim} has the same value twice, expected a monotonic axis")
     return array
 
 
 def _at_levels(array: xr.DataArray, spec: Wanted, path: str) -> xr.DataArray:
     for name, value in spec.at.items():
         if name not in array.coords or array[name].ndim > 1:
-            raise BadInput(
-                f"{path}: variable {spec.name} has no coordinate {name}; present: {', '.join(map(str, array.coords))}{_near(name, array.coords)}"
-            )
+            raise BadInput(f"{path}: variable {spec.name} has no coordinate {name}; {_present(name, array.coords)}")
         if array[name].ndim == 0:
             continue
         levels = array[name].values
@@ -394,97 +400,108 @@ def _axes(array: xr.DataArray, name: str, path: str) -> Axes:
 
 def _position(array: xr.DataArray, axes: Axes) -> tuple[str, str]:
     """Names of the latitude and longitude coordinates, "" where there are none."""
-    names = []
-    for kind, units, plain in (
-        ("latitude", "degrees?_?n(orth)?", "lat|latitude|xlat|nav_lat"),
-        ("longitude", "degrees?_?e(ast)?", "lon|longitude|xlong|nav_lon"),
-    ):
-        candidates = [
-            str(name)
-            for name, coordinate in array.coords.items()
-            if set(coordinate.dims) <= {axes.y, axes.x}
-            and coordinate.ndim
-            and (
-                coordinate.attrs.get("standard_name") == kind
-                or re.fullmatch(units, str(coordinate.attrs.get("units", "")), re.IGNORECASE)
-                or re.fullmatch(plain, str(name), re.IGNORECASE)
-            )
-        ]
-        names.append(next((name for name in candidates if name in (axes.y, axes.x)), candidates[0] if candidates else ""))
-    return names[0], names[1]
+
+    def named(kind: str, units: str, plain: str, axis: str) -> str:
+        found = []
+        for name, coordinate in array.coords.items():
+            stated = coordinate.attrs.get("standard_name")
+            plausible = re.fullmatch(units, str(coordinate.attrs.get("units", "")), re.I) or re.fullmatch(plain, str(name), re.I)
+            if coordinate.ndim and set(coordinate.dims) <= {axes.y, axes.x} and (stated == kind or (plausible and stated is None)):
+                found.append(str(name))
+        return axis if axis in found else (found[0] if found else "")
+
+    latitude = named("latitude", "degrees?_?n(orth)?", r"lat.*|xlat|nav_lat", axes.y)
+    longitude = named("longitude", "degrees?_?e(ast)?", r"lon.*|xlong|nav_lon", axes.x)
+    return latitude, longitude
 
 
-def _finite(array: xr.DataArray, dim: str, path: str) -> np.ndarray:
-    values = np.asarray(array[dim].values)
-    if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
-        raise BadInput(f"{path}: coordinate {dim} is not finite or not a number, expected a monotonic axis")
-    return values
+def _within_time(array: xr.DataArray, period: Span | None, months: Sequence[int] | None, path: str) -> xr.DataArray:
+    """The time steps in `period` and `months`; a static field as it is."""
+    if months is not None and (not months or not set(months) <= set(range(1, 13))):
+        raise BadInput(f"months: expected numbers from 1 to 12, got {list(months)}")
+    if "time" not in array.dims:
+        return array
+    if "time" not in array.coords or not _is_time(array["time"].values):
+        raise BadInput(f"{path}: time is not decodable, expected units such as 'days since 2000-01-01' and a CF calendar")
+    kept = np.ones(array.sizes["time"], bool)
+    if period is not None:
+        kept &= within(array["time"], period)
+    if months is not None:
+        kept &= np.isin(array["time"].dt.month.values, list(months))
+    if not kept.any():
+        first, last = _iso(array["time"])[[0, -1]]
+        raise _OutsideTime(f"{path}: no time step in period {_shown(period)}, months {_shown(months)}; the data run from {first} to {last}")
+    return array.isel(time=_compact(kept))
 
 
-def _subset(
-    array: xr.DataArray, region: Mapping[str, Sequence[float]] | None, period: Span | None, months: Sequence[int] | None, path: str
-) -> xr.DataArray:
-    if "time" in array.dims:
-        if "time" not in array.coords or not _is_time(array["time"].values):
-            raise BadInput(f"{path}: time is not decodable, expected units such as 'days since 2000-01-01' and a CF calendar")
-        kept = np.ones(array.sizes["time"], bool)
-        if period is not None:
-            kept &= within(array["time"], period)
-        if months is not None:
-            if not months or not set(months) <= set(range(1, 13)):
-                raise BadInput(f"months: expected numbers from 1 to 12, got {list(months)}")
-            kept &= np.isin(array["time"].dt.month.values, list(months))
-        if not kept.any():
-            first, last = _iso(array["time"])[[0, -1]]
-            raise _OutsideTime(
-                f"{path}: no time step in period {_shown(period)}, months {_shown(months)}; the data run from {first} to {last}"
-            )
-        array = array.isel(time=_compact(kept))
-    return _box(array, dict(region or {}), path)
+def _boxes(array: xr.DataArray, region: Mapping[str, Sequence[float]], path: str) -> list[xr.DataArray]:
+    """The cells inside `region`, as boxes from west to east: two where it crosses the seam of the file's longitudes.
 
-
-def _box(array: xr.DataArray, region: dict[str, Sequence[float]], path: str) -> xr.DataArray:
-    """The cells inside `region`; longitudes ascend from its western edge."""
-    for name, edges in region.items():
-        if len(edges) != 2 or not np.isfinite(np.asarray(edges, float)).all():
-            raise BadInput(f"region {name}: expected [first, last], got {list(edges)}")
-        if name not in array.coords:
-            raise BadInput(f"{path}: region names {name}; present: {', '.join(map(str, array.coords))}{_near(name, array.coords)}")
-    *_, y, x = map(str, array.dims)
+    Longitudes of a regular grid become those that ascend from the western edge of the region.
+    """
+    y, x = str(array.dims[-2]), str(array.dims[-1])
     inside = np.ones((array.sizes[y], array.sizes[x]), bool)
-    start = None
-    for name, (first, last) in region.items():
+    east = None  # longitude of each column, counted eastward from the region's western edge
+    for key, edges in region.items():
+        name = _coordinate(array, key, path)
+        if len(edges) != 2 or not np.isfinite(np.asarray(edges, np.float64)).all():
+            raise BadInput(f"region {key}: expected [first, last], got {list(edges)}")
+        first, last = map(float, edges)
         values = array[name].values.astype(np.float64)
-        is_longitude = name == "lon" or array[name].attrs.get("standard_name") == "longitude"
-        if is_longitude:
+        if array[name].attrs.get("standard_name") == "longitude":
             width = 360.0 if last - first >= 360 else (last - first) % 360
-            offset = (values - first + 1e-6) % 360 - 1e-6
-            chosen = offset <= width + 1e-6
-            if values.ndim == 1:
-                start = (str(array[name].dims[0]), offset + first)
+            offset = (values - first + EDGE) % 360 - EDGE
+            chosen = offset <= width + EDGE
+            if array[name].dims == (x,):
+                east = first + offset
+        elif first > last:
+            raise BadInput(f"region {key}: expected [first, last] ascending, got {[first, last]}")
         else:
-            if first > last:
-                raise BadInput(f"region {name}: expected [first, last] ascending, got {[first, last]}")
-            chosen = (values >= first - 1e-6) & (values <= last + 1e-6)
-        inside &= chosen if values.ndim == 2 else (chosen[:, None] if array[name].dims == (y,) else chosen[None, :])
+            chosen = (values >= first - EDGE) & (values <= last + EDGE)
+        inside &= chosen[:, None] if array[name].dims == (y,) else chosen
     if not inside.any():
-        spans = ", ".join(f"{name} {float(array[name].min()):.4g}..{float(array[name].max()):.4g}" for name in region)
-        raise BadInput(f"{path}: no cell in the region { ({key: list(value) for key, value in region.items()}) }; the data cover {spans}")
+        covered = ", ".join(f"{key} {float(array[_coordinate(array, key, path)].min()):.6g}" for key in region)
+        covered += " to " + ", ".join(f"{float(array[_coordinate(array, key, path)].max()):.6g}" for key in region)
+        raise BadInput(f"{path}: no cell in the region { ({key: list(edges) for key, edges in region.items()}) }; the data cover {covered}")
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     array = array.isel({y: slice(rows[0], rows[-1] + 1)})
-    if start is None:
-        return array.isel({x: slice(columns[0], columns[-1] + 1)})
-    dim, shifted = start
-    columns = columns[np.argsort(shifted[columns], kind="stable")]
-    columns = columns[np.concatenate([[True], np.diff(shifted[columns]) > 1e-6])]  # a cyclic point, 0 and 360, is kept once
-    longitude = array[dim].attrs
-    parts = np.split(columns, np.flatnonzero(np.diff(columns) != 1) + 1)
-    pieces = [array.isel({dim: slice(part[0], part[-1] + 1)}) for part in parts]
-    if len(pieces) > 1:
-        pieces = [_load(piece, str(array.name), path) for piece in pieces]
-    joined = pieces[0] if len(pieces) == 1 else xr.concat(pieces, dim, coords="different", compat="equals", join="override")
-    joined = joined.assign_coords({dim: (dim, np.round(shifted[columns], 6), longitude)})
-    return joined
+    if east is None:
+        return [array.isel({x: slice(columns[0], columns[-1] + 1)})]
+    columns = columns[np.argsort(east[columns], kind="stable")]
+    columns = columns[np.concatenate([[True], np.diff(east[columns]) > EDGE])]  # a cyclic point, 0 and 360, is kept once
+    boxes = []
+    for part in np.split(columns, np.flatnonzero(np.diff(columns) != 1) + 1):
+        longitude = (x, np.round(east[part], 9), array[x].attrs)
+        boxes.append(array.isel({x: slice(part[0], part[-1] + 1)}).assign_coords({x: longitude}))
+    return boxes
+
+
+def _coordinate(array: xr.DataArray, key: str, path: str) -> str:
+    """The coordinate that a region's key names: `lat` and `lon` are whatever the file calls latitude and longitude."""
+    standard = {"lat": "latitude", "lon": "longitude"}.get(key)
+    if key in array.coords:
+        return key
+    for name, coordinate in array.coords.items():
+        if standard and coordinate.attrs.get("standard_name") == standard:
+            return str(name)
+    raise BadInput(f"{path}: region names {key}; {_present(key, array.coords)}")
+
+
+def _take(array: xr.DataArray, isel: Mapping[str, Sequence[int]], path: str) -> xr.DataArray:
+    """Cells [start, stop) of the named horizontal dimensions."""
+    for dim, bounds in isel.items():
+        if dim not in array.dims[-2:]:
+            raise BadInput(f"{path}: isel names {dim}; {_present(dim, array.dims[-2:])}")
+        start, stop = bounds
+        if not 0 <= start < stop <= array.sizes[dim]:
+            raise BadInput(f"{path}: isel {dim}: expected 0 <= start < stop <= {array.sizes[dim]}, got {[start, stop]}")
+    return array.isel({dim: slice(*bounds) for dim, bounds in isel.items()})
+
+
+def _side_by_side(boxes: list[xr.DataArray]) -> xr.DataArray:
+    if len(boxes) == 1:
+        return boxes[0]
+    return xr.concat(boxes, boxes[0].dims[-1], coords="different", compat="equals", join="override", combine_attrs="override")
 
 
 def _compact(kept: np.ndarray) -> slice | np.ndarray:
@@ -503,22 +520,19 @@ def _join(parts: list[xr.DataArray], name: str, where: str) -> xr.DataArray:
         if part.dims != first.dims or part.shape[-2:] != first.shape[-2:]:
             raise BadInput(f"{where}: variable {name} is on different grids: {dict(first.sizes)} and {dict(part.sizes)}")
         for dim in first.dims[-2:]:
-            if not np.allclose(part[dim], first[dim], rtol=0, atol=1e-4 * max(1.0, float(abs(first[dim]).max()) * 1e-2)):
+            if not _same(part[dim], first[dim]):
                 raise BadInput(f"{where}: variable {name} is on different grids: coordinate {dim} differs between the files")
-        if part.attrs.get("units") != first.attrs.get("units"):
-            raise BadInput(
-                f"{where}: variable {name} has the units {first.attrs.get('units')} in one file and {part.attrs.get('units')} in another"
-            )
+        ours, theirs = first.attrs.get("units"), part.attrs.get("units")
+        if ours != theirs:
+            raise BadInput(f"{where}: variable {name} has the units {ours} in one file and {theirs} in another")
     if "time" not in first.dims:
         return first
     calendars = {part["time"].dt.calendar for part in parts}
     if len(calendars) > 1:
         raise BadInput(f"{where}: variable {name} has different calendars: {', '.join(sorted(calendars))}")
-    joined = (
-        first
-        if len(parts) == 1
-        else xr.concat(parts, "time", coords="minimal", compat="override", join="override", combine_attrs="override")
-    )
+    joined = first
+    if len(parts) > 1:
+        joined = xr.concat(parts, "time", coords="minimal", compat="override", join="override", combine_attrs="override")
     seconds = _seconds(joined["time"])
     if not np.isfinite(seconds).all():
         raise BadInput(f"{where}: time of variable {name} has missing values")
@@ -531,6 +545,12 @@ def _join(parts: list[xr.DataArray], name: str, where: str) -> xr.DataArray:
     return joined
 
 
+def _same(axis: xr.DataArray, other: xr.DataArray) -> bool:
+    """Two axes differ by no more than rounding: a hundredth of a cell."""
+    cell = float(np.abs(np.diff(axis.values)).min()) if axis.size > 1 else 1.0
+    return axis.size == other.size and bool(np.allclose(axis, other, rtol=0, atol=0.01 * cell))
+
+
 def _merge(arrays: dict[str, xr.DataArray], where: str) -> xr.Dataset:
     """All variables on one grid and one time axis; a time that a variable lacks is missing there."""
     grids = {array.dims[-2:] + array.shape[-2:]: name for name, array in arrays.items()}
@@ -540,22 +560,13 @@ def _merge(arrays: dict[str, xr.DataArray], where: str) -> xr.Dataset:
     first = next(iter(arrays.values()))
     for name, array in arrays.items():
         for dim in first.dims[-2:]:
-            if not np.allclose(array[dim], first[dim], rtol=0, atol=1e-4 * max(1.0, float(abs(first[dim]).max()) * 1e-2)):
+            if not _same(array[dim], first[dim]):
                 raise BadInput(f"{where}: variable {name} is on another grid: coordinate {dim} differs")
             arrays[name] = arrays[name].assign_coords({dim: first[dim]})
     calendars = {array["time"].dt.calendar for array in arrays.values() if "time" in array.dims}
     if len(calendars) > 1:
         raise BadInput(f"{where}: the variables have different calendars: {', '.join(sorted(calendars))}")
-    return xr.merge(arrays.values(), join="outer", compat="override", combine_attrs="drop")
-
-
-def _take(dataset: xr.Dataset, isel: Mapping[str, Sequence[int]], where: str) -> xr.Dataset:
-    for dim, (start, stop) in isel.items():
-        if dim not in dataset.dims:
-            raise BadInput(f"{where}: isel names {dim}; present: {', '.join(map(str, dataset.dims))}{_near(dim, dataset.dims)}")
-        if not 0 <= start < stop <= dataset.sizes[dim]:
-            raise BadInput(f"{where}: isel {dim}: expected 0 <= start < stop <= {dataset.sizes[dim]}, got {[start, stop]}")
-    return dataset.isel({dim: slice(*bounds) for dim, bounds in isel.items()})
+    return xr.merge(arrays.values(), join="outer", compat="override", combine_attrs="override")
 
 
 # ---------------------------------------------------------------- units
@@ -599,7 +610,7 @@ def conversion(stated: str, wanted: str, where: str) -> tuple[float, float]:
             raise BadInput(f"{where}: unit {text!r} is not known, expected a UDUNITS one such as K, mm day-1, m s-1") from error
 
     source, target = parsed(stated), parsed(wanted)
-    depth_of_water = units.Unit("m2 kg-1").dimensionality  # a depth per (mass per area)
+    depth_of_water = units.Unit("m3 kg-1").dimensionality  # a depth per (mass per area)
     ratio = target.dimensionality / source.dimensionality
     factor = units.Quantity(1.0, "")
     if ratio == depth_of_water:
@@ -617,144 +628,130 @@ def conversion(stated: str, wanted: str, where: str) -> tuple[float, float]:
 # ---------------------------------------------------------------- gaps
 
 
-def _fill_report(dataset: xr.Dataset, policy: str, where: str) -> xr.Dataset:
-    """Counts what is missing, applies the policy and notes both in `attrs["gaps"]`."""
-    missing, masked = {}, {}
-    broken = np.zeros(dataset.sizes.get("time", 1), bool)
+def _settle_gaps(dataset: xr.Dataset, policy: str, where: str) -> xr.Dataset:
+    """Counts what is missing, applies the policy and notes both in `attrs["gaps"]`. Infinite values count as missing."""
+    missing: dict[str, int] = {}
+    masked: dict[str, int] = {}
+    broken = np.zeros(dataset.sizes.get("time", 0), bool)
     for name, array in dataset.data_vars.items():
         bad = ~np.isfinite(array.values)
         if bad.all():
             raise BadInput(f"{where}: variable {name} has no finite value in the chosen part")
+        if np.isinf(array.values).any():
+            dataset = dataset.assign({name: array.where(~bad)})
         if "time" in array.dims:
             never = bad.all(0)
-            # A variable absent from whole time steps must not make a mask of them, nor may the mask hide them.
-            bad = bad & ~never
+            bad &= ~never
             broken |= bad.any((1, 2))
-            masked[str(name)] = int(never.sum())
-            missing[str(name)] = int(bad.sum())
         else:
-            masked[str(name)], missing[str(name)] = int(bad.sum()), 0
-    steps, step, examples = _missing_steps(dataset["time"], where) if "time" in dataset.dims else (0, "", [])
+            never, bad = bad, np.zeros_like(bad)
+        masked[str(name)], missing[str(name)] = int(never.sum()), int(bad.sum())
+    steps = _missing_steps(dataset["time"], where) if "time" in dataset.dims else {}
     report = {
         "policy": policy,
         "missing_values": missing,
         "always_missing_cells": masked,
-        "time_steps_with_missing_values": int(broken.sum()) if "time" in dataset.dims else 0,
-        "missing_time_steps": steps,
-        "first_missing_time_steps": examples,
-        "time_step": step,
+        "time_steps_with_missing_values": int(broken.sum()),
+        **steps,
     }
-    if policy == "error" and (sum(missing.values()) or steps):
-        counted = ", ".join(f"{count} of {name}" for name, count in missing.items() if count)
-        parts = ([f"missing values ({counted})"] if counted else []) + (
-            [f"{steps} missing time steps, first {examples[0]}"] if steps else []
-        )
-        raise BadInput(f"{where}: has {' and '.join(parts)}; expected none, or gaps='drop' or gaps='keep'")
+    absent = steps.get("missing_time_steps", 0)
+    if policy == "error" and (any(missing.values()) or absent):
+        parts = [f"{count} missing values of {name}" for name, count in missing.items() if count]
+        parts += [f"{absent} missing time steps from {steps['first_missing_time_steps'][0]} on"] if absent else []
+        raise BadInput(f"{where}: {' and '.join(parts)}; expected none, or gaps='drop' or gaps='keep'")
     if policy == "drop" and broken.any():
         if broken.all():
             raise BadInput(f"{where}: every time step has missing values, nothing is left after gaps='drop'")
         dataset = dataset.isel(time=np.flatnonzero(~broken))
-    infinite = {name: array.where(np.isfinite(array)) for name, array in dataset.data_vars.items() if np.isinf(array.values).any()}
-    dataset = dataset.assign(infinite) if infinite else dataset
-    dataset.attrs["gaps"] = json.dumps(report)
-    return dataset
+    return dataset.assign_attrs(gaps=json.dumps(report))
 
 
-def _missing_steps(time: xr.DataArray, where: str) -> tuple[int, str, list[str]]:
-    """How many steps of the regular axis are absent, the step in words, and the first absent times.
+def _missing_steps(time: xr.DataArray, where: str) -> dict[str, Any]:
+    """How many steps of the regular axis are absent, the first of them, the step, and the first and last time there is.
 
     Regular is the median step. A gap counts only within calendar months that occur in the data, so that a file of winters has
     none. Steps of 28 to 31 days are calendar months.
     """
     seconds = _seconds(time)
+    first, last = _iso(time)[[0, -1]]
+    report: dict[str, Any] = {"missing_time_steps": 0, "first_missing_time_steps": [], "first_time": str(first), "last_time": str(last)}
     if len(seconds) < 3:
-        return 0, "", []
+        return report
     gaps = np.diff(seconds)
     step = float(np.median(gaps))
-    months = time.dt.year.values * 12 + time.dt.month.values
-    present = set(time.dt.month.values.tolist())
+    months = set(time.dt.month.values.tolist())
     if 28 * 86400 <= step <= 31 * 86400:
-        absent = [month for month in range(months[0], months[-1]) if (month - 1) % 12 + 1 in present and month not in set(months.tolist())]
-        return len(absent), "1 month", [f"{(month - 1) // 12:04d}-{(month - 1) % 12 + 1:02d}" for month in absent[:5]]
+        there = set((time.dt.year.values * 12 + time.dt.month.values - 1).tolist())
+        absent = [month for month in range(min(there), max(there)) if month % 12 + 1 in months and month not in there]
+        names = [f"{month // 12:04d}-{month % 12 + 1:02d}" for month in absent]
+        return report | {"missing_time_steps": len(absent), "first_missing_time_steps": names[:5], "time_step": "1 month"}
     counts = np.maximum(np.rint(gaps / step).astype(np.int64) - 1, 0)
     if counts.sum() > MAX_MISSING_STEPS:
         raise BadInput(f"{where}: the time axis is irregular, {int(counts.sum())} steps of {step:g} s would be missing")
-    total, examples = 0, []
+    absent_times: list[str] = []
     for index in np.flatnonzero(counts):
-        jumps = np.arange(1, counts[index] + 1) * step
         start = time.values[index]
-        if time.dtype.kind == "M":
-            between = xr.DataArray(start + np.rint(jumps * 1e9).astype("timedelta64[ns]"), dims="time")
-        else:
-            from datetime import timedelta
-
-            between = xr.DataArray(np.array([start + timedelta(seconds=float(jump)) for jump in jumps]), dims="time")
-        inside = np.isin(between.dt.month.values, list(present))
-        total += int(inside.sum())
-        if len(examples) < 5 and inside.any():
-            examples += [str(text)[:16] for text in _iso(between)[inside][: 5 - len(examples)]]
+        jumps = [timedelta(seconds=step * jump) for jump in range(1, counts[index] + 1)]
+        steps = [start + (np.timedelta64(jump, "ns") if time.dtype.kind == "M" else jump) for jump in jumps]
+        between = _iso(xr.DataArray(np.array(steps), dims="time"))
+        absent_times += [text for text in between.tolist() if int(text[5:7]) in months]
     words = f"{step / 86400:g} day" if step >= 86400 else f"{step / 60:g} min"
-    return total, words, examples
+    return report | {"missing_time_steps": len(absent_times), "first_missing_time_steps": absent_times[:5], "time_step": words}
 
 
 # ---------------------------------------------------------------- coarser
 
 
 def coarsened(dataset: xr.Dataset, factor: int | Sequence[int]) -> xr.Dataset:
-    """Block means over `factor` cells, one number or (y, x), weighted by the cosine of latitude where latitude is known.
+    """Block means over `factor` cells, one number or (y, x), weighted by the cosine of latitude on a latitude-longitude grid.
 
-    A block's mean is over its cells that are not missing; it is missing where all are.
+    Cells of a projected or rotated grid count as equal. A block's mean is over its cells that are not missing; it is missing
+    where all are.
 
     Raises:
       BadInput: the grid is not a whole number of blocks.
     """
     y, x = _grid_dims(dataset)
-    factors = dict(zip((y, x), (factor, factor) if isinstance(factor, int) else factor, strict=True))
-    for dim, size in factors.items():
+    blocks = dict(zip((y, x), (factor, factor) if isinstance(factor, int) else tuple(factor), strict=True))
+    for dim, size in blocks.items():
         if size < 1 or dataset.sizes[dim] % size:
             raise BadInput(f"coarsen: {dim} has {dataset.sizes[dim]} cells, not a whole number of blocks of {size}; cut it with isel")
-    blocks = dataset.coarsen({dim: size for dim, size in factors.items() if size > 1}) if max(factors.values()) > 1 else None
-    if blocks is None:
-        return dataset
-    latitude = dataset["lat"] if "lat" in dataset.coords else dataset[y]
-    known = "lat" in dataset.coords or dataset[y].attrs.get("standard_name") == "latitude"
-    area = np.cos(np.deg2rad(latitude)) if known else xr.ones_like(latitude, float)
-    area = (
-        area.clip(1e-6)
-        .broadcast_like(xr.DataArray(np.ones((dataset.sizes[y], dataset.sizes[x])), dims=(y, x)))
-        .astype(np.float64)
-        .drop_vars(list(area.coords))
-    )
-    windows = {dim: size for dim, size in factors.items() if size > 1}
-    result: dict[str, xr.DataArray] = {}
+
+    def total(values: np.ndarray) -> np.ndarray:
+        """Sums over blocks of `[..., y, x]`."""
+        rows, columns = values.shape[-2] // blocks[y], values.shape[-1] // blocks[x]
+        return values.reshape(*values.shape[:-2], rows, blocks[y], columns, blocks[x]).sum((-3, -1))
+
+    area = _area(dataset, y, x)
+    data: dict[Any, Any] = {}
     for name, array in dataset.data_vars.items():
-        if not {y, x} <= set(array.dims):
-            result[str(name)] = array
+        if array.dims[-2:] != (y, x):
+            data[name] = array.variable
             continue
-        bare = array.drop_vars(list(array.coords))
-        valid = np.isfinite(bare)
-        weight = (area * valid).coarsen(windows).sum()
-        mean = (bare.fillna(0) * area).coarsen(windows).sum() / weight.where(weight > 0)
-        mean.attrs = dict(array.attrs)
-        methods = str(array.attrs.get("cell_methods", ""))
-        mean.attrs["cell_methods"] = f"{methods} area: mean".strip()
-        result[str(name)] = mean.transpose(*array.dims).astype(np.float32)
-    coords: dict[str, Any] = {}
+        valid = np.isfinite(array.values)
+        weight = total(valid * area)
+        mean = total(np.where(valid, array.values, 0) * area) / np.where(weight > 0, weight, np.nan)
+        methods = f"{array.attrs.get('cell_methods', '')} area: mean".strip()
+        data[name] = (array.dims, mean.astype(np.float32), {**array.attrs, "cell_methods": methods})
+    coords: dict[Any, Any] = {}
     for name, coordinate in dataset.coords.items():
-        if not set(coordinate.dims) & {y, x}:
-            coords[str(name)] = coordinate
-            continue
-        bare = coordinate.drop_vars(list(coordinate.coords))
-        window = {dim: size for dim, size in windows.items() if dim in bare.dims}
-        if name == "lon" and bare.ndim == 2:  # the mean direction: 359 and 1 degree give 0
-            angle = np.deg2rad(bare)
-            mean = np.rad2deg(np.arctan2(np.sin(angle).coarsen(window).mean(), np.cos(angle).coarsen(window).mean()))
-            mean = mean % 360 if float(bare.max()) > 180 else mean
-        else:
-            mean = bare.coarsen(window).mean() if window else bare
-        mean.attrs = dict(coordinate.attrs)
-        coords[str(name)] = mean
-    return xr.Dataset(result, coords, dataset.attrs)
+        values = coordinate.values
+        if coordinate.dims == (y, x):
+            turn = np.exp(1j * np.deg2rad(values))  # angles: the mean of 359 and 1 degree is 0
+            values = np.rad2deg(np.angle(total(turn)))
+            values = values % 360 if coordinate.values.max() > 180 else values
+        elif coordinate.dims in ((y,), (x,)):
+            values = values.reshape(-1, blocks[str(coordinate.dims[0])]).mean(1)
+        coords[name] = (coordinate.dims, values, coordinate.attrs)
+    return xr.Dataset(data, coords, dataset.attrs)
+
+
+def _area(dataset: xr.Dataset, y: str, x: str) -> np.ndarray:
+    """Relative cell areas `[y, x]`: the cosine of latitude, or 1 on a projected or rotated grid."""
+    shape = (dataset.sizes[y], dataset.sizes[x])
+    if dataset[y].attrs.get("standard_name") != "latitude":
+        return np.ones(shape)
+    return np.broadcast_to(np.maximum(np.cos(np.deg2rad(dataset[y].values)), 1e-6)[:, None], shape)
 
 
 def _grid_dims(dataset: xr.Dataset) -> tuple[str, str]:
@@ -809,10 +806,10 @@ def split_periods(dataset: xr.Dataset, periods: Mapping[str, Span | Sequence[Spa
     taken = np.full(dataset.sizes["time"], "", dtype=object)
     splits = {}
     for name, spans in periods.items():
-        single = len(spans) == 2 and not isinstance(spans[0], list | tuple)
         kept = np.zeros(dataset.sizes["time"], bool)
+        single = isinstance(spans[0], str | int) if len(spans) else False
         for span in [spans] if single else spans:
-            kept |= within(dataset["time"], span)
+            kept |= within(dataset["time"], cast(Span, span))
         if not kept.any():
             first, last = _iso(dataset["time"])[[0, -1]]
             raise BadInput(f"split {name}: no time step in {_shown(spans)}; the data run from {first} to {last}")
@@ -874,9 +871,7 @@ def patches(
       BadInput: no such variable, frames smaller than a patch, or no wet patch.
     """
     if variable not in dataset:
-        raise BadInput(
-            f"patches: no variable {variable}; present: {', '.join(map(str, dataset.data_vars))}{_near(variable, dataset.data_vars)}"
-        )
+        raise BadInput(f"patches: no variable {variable}; {_present(variable, dataset.data_vars)}")
     array = dataset[variable]
     y, x = str(array.dims[-2]), str(array.dims[-1])
     frames = array.transpose("time", y, x).values[:, ::-1]  # from north to south
@@ -894,9 +889,8 @@ def patches(
                     centre.append((column + size / 2) / frames.shape[2])
                     when.append(frame)
     if not kept:
-        raise BadInput(
-            f"patches: no {size} x {size} patch has more than {wet_fraction:.0%} of its cells above {wet_threshold} {array.attrs.get('units', '')}"
-        )
+        rule = f"more than {wet_fraction:.0%} of its cells above {wet_threshold} {array.attrs.get('units', '')}"
+        raise BadInput(f"patches: none of {size} x {size} cells has {rule}, expected at least one")
     attrs = {key: value for key, value in array.attrs.items() if key != "grid_mapping"}
     coords = {
         "centre": ("patch", np.array(centre), {"long_name": "column of the centre as a fraction of the width"}),
@@ -930,9 +924,11 @@ def _licence(path: str) -> str:
     return str(found) or "not stated"
 
 
-def _near(name: Any, known: Any) -> str:
-    match = difflib.get_close_matches(str(name), [str(item) for item in known], 1, 0.5)
-    return f"; did you mean {match[0]}?" if match else ""
+def _present(name: Any, known: Iterable[Any]) -> str:
+    """What there is instead, and which of it may have been meant."""
+    names = [str(item) for item in known]
+    near = difflib.get_close_matches(str(name), names, 1, 0.5)
+    return f"present: {', '.join(names) or 'none'}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _shown(value: Any) -> str:
@@ -940,5 +936,5 @@ def _shown(value: Any) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = (str(error) or type(error).__name__).splitlines()
-    return text[0][:200] if text else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0][:200] if lines else type(error).__name__

@@ -178,7 +178,11 @@ def _dataset(daily: dict[str, np.ndarray], statics: dict[str, np.ndarray], time:
     """A CF dataset on the T31 Gaussian grid."""
     latitude = np.rad2deg(np.arcsin(np.polynomial.legendre.leggauss(48)[0]))
     data = {
-        name: (("time", "lat", "lon"), daily[name], {"units": units, "standard_name": standard, "long_name": long, "cell_methods": "time: mean"})
+        name: (
+            ("time", "lat", "lon"),
+            daily[name],
+            {"units": units, "standard_name": standard, "long_name": long, "cell_methods": "time: mean"},
+        )
         for name, (units, standard, long) in OUTPUTS.items()
     }
     data["orog"] = (("lat", "lon"), statics["orog"], {"units": "m", "standard_name": "surface_altitude", "long_name": "surface altitude"})

@@ -1,0 +1,90 @@
+"""The truths a configuration can name: recorded CF data, radar patches, the shipped simulation, and SPEEDY run on demand.
+
+Each returns a dataset that carries its inputs (place, licence, sha256, size) in its attributes, for the record of a run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from domains.climate import embedded, sources, speedy
+from twinsim import mesh
+from twinsim.base import BadInput
+
+
+def recorded(paths: Any, variables: Mapping[str, Any], licence: str = "", **selection: Any) -> xr.Dataset:
+    """Any CF dataset that xarray opens; `variables` and `selection` as in `sources.open_cf`."""
+    named = {name: {"name": name, **dict(wanted)} for name, wanted in variables.items()}
+    return _with_inputs(sources.open_cf(paths, named, **selection), sources.inputs(paths, licence))
+
+
+def patches(path: str, variable: str, units: str, licence: str = "", **cut: Any) -> xr.Dataset:
+    """Wet square patches of radar frames, as in `sources.patches`."""
+    frames = recorded(path, {variable: {"units": units}}, licence, gaps="keep")
+    return _with_inputs(sources.patches(frames, variable, **cut), json.loads(frames.attrs["inputs"]))
+
+
+def shipped(branches: Sequence[str], variables: Sequence[str]) -> xr.Dataset:
+    """The SPEEDY runs that ship with twinsim; see `embedded.open_embedded`."""
+    return _with_inputs(embedded.open_embedded(tuple(branches), tuple(variables)), sources.inputs(embedded.DATA, "Apache-2.0"))
+
+
+def simulated(folder: str, runs: Mapping[str, Mapping[str, Any]], variables: Sequence[str]) -> xr.Dataset:
+    """SPEEDY runs, simulated into `folder` where they are not there yet, one after the other along time.
+
+    Args:
+      runs: name -> arguments of `speedy.simulate` (days, sst_offset, seed); each run wants a seed of its own.
+
+    Raises:
+      BadInput: two runs share a seed. Preempted: asked to stop; the blocks made so far stay.
+    """
+    seeds = [run.get("seed", 1) for run in runs.values()]
+    if len(set(seeds)) < len(seeds):
+        raise BadInput(f"simulated: expected a seed of its own for each run, got {', '.join(map(str, seeds))}")
+    parts, files = [], []
+    with mesh.preemption() as asked:
+        for name, run in runs.items():
+            path = Path(folder) / f"{name}.nc"
+            if not path.exists():
+                _simulate(path, name, run, asked)
+            part = sources.open_cf(path, {v: {"name": v, "units": speedy.OUTPUTS[v][0]} for v in variables})
+            with xr.open_dataset(path) as whole:
+                statics = whole[["orog", "lsm"]].load()
+                offset = float(whole.attrs["sst_offset_K"])
+                stated = {"sst_offset": float(run.get("sst_offset", 0.0)), "days": int(run["days"])}
+                if offset != stated["sst_offset"] or whole.sizes["time"] != stated["days"]:
+                    raise BadInput(
+                        f"{path}: holds {whole.sizes['time']} days at {offset:+g} K, but the config asks {stated}; move it away to run again"
+                    )
+            length = part.sizes["time"]
+            part = part.merge(statics)
+            parts.append(part.assign_coords(branch=("time", [name] * length), sst_offset=("time", np.full(length, offset))))
+            files.append(path)
+    joined = xr.concat(parts, "time", data_vars="minimal", coords="minimal", compat="override", join="override")
+    return _with_inputs(joined.assign_attrs(source=parts[0].attrs.get("source", "jcm SPEEDY T31L8")), sources.inputs(files, "Apache-2.0"))
+
+
+def _simulate(path: Path, name: str, run: Mapping[str, Any], asked: Any) -> None:
+    from twinsim.cli import progress
+
+    with progress(f"simulate {name}") as update:
+
+        def show(done: int, total: int) -> None:
+            if asked(done):
+                raise mesh.Preempted(f"asked to stop; {done} of {total} days of {name} are simulated, the same command goes on")
+            update(done, total)
+
+        dataset = speedy.simulate(path.parent / f"{name}.blocks", **run, progress=show)
+    unfinished = path.with_suffix(".tmp")
+    dataset.to_netcdf(unfinished)
+    unfinished.rename(path)
+
+
+def _with_inputs(dataset: xr.Dataset, files: Sequence[Mapping[str, Any]]) -> xr.Dataset:
+    kept = [{("place" if key == "path" else key): value for key, value in file.items()} for file in files]
+    known = dataset.attrs.get("license") or "; ".join(sorted({str(file["licence"]) for file in kept}))
+    return dataset.assign_attrs(inputs=json.dumps(kept), license=known)
