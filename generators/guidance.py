@@ -1,4 +1,4 @@
-"""Guidance: functions denoiser -> denoiser that bend a draw towards what is asked. They stack.
+"""Guidance: functions denoiser -> denoiser that bend a draw towards what is asked; they stack.
 
 By Tweedie's formula the posterior of the target given its noisy version `x` has mean `D(x)` and covariance
 `V = sigma^2 dD/dx`. Where that posterior is Gaussian (always, for a Gaussian prior), adding

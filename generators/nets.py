@@ -291,6 +291,8 @@ class ResidualMLP(nnx.Module):
     """Fully connected residual blocks over the flattened target, for latent vectors; modulated as the DiT is.
 
     Attributes:
+      leading: channels that the network reads and corrects; for the others it stays silent, and a diffusion model then draws them
+        from a unit Gaussian. 0 means all. For principal components, whose long tail is Gaussian and not to be learnt by heart.
       width, depth: of the residual stream; `expansion`: of the hidden layers.
       dropout: share of hidden activations dropped in each block while training.
       dtype: of the arithmetic; parameters stay float32.
@@ -302,6 +304,7 @@ class ResidualMLP(nnx.Module):
         spec: Spec,
         *,
         rngs: nnx.Rngs,
+        leading: int = 0,
         width: int = 512,
         depth: int = 4,
         expansion: int = 2,
@@ -311,26 +314,28 @@ class ResidualMLP(nnx.Module):
         remat: bool = False,
     ):
         check_grid(spec)
-        if min(width, depth, expansion) < 1:
-            raise BadInput(f"ResidualMLP: expected positive sizes, got width={width}, depth={depth}, expansion={expansion}")
+        if min(width, depth, expansion) < 1 or leading < 0:
+            raise BadInput(f"ResidualMLP: expected positive sizes, got {width=}, {depth=}, {expansion=}, {leading=}")
         dtype = jnp.dtype(dtype)
         cells = math.prod(spec.grid)
+        self.leading = min(leading, spec.channels) or spec.channels
         self.dtype, self.remat = dtype, remat
         self.embed = Embedding(spec.scalars, embedding, rngs=rngs)
-        self.inward = nnx.Linear(cells * (spec.channels + spec.fields), width, dtype=dtype, rngs=rngs)
+        self.inward = nnx.Linear(cells * (self.leading + spec.fields), width, dtype=dtype, rngs=rngs)
         sizes: dict[str, Any] = {"expansion": expansion, "embedding": embedding, "dropout": dropout}
         self.blocks = nnx.List([HiddenBlock(width, dtype=dtype, rngs=rngs, **sizes) for _ in range(depth)])
         self.modulate = nnx.Linear(embedding, 2 * width, kernel_init=ZERO, rngs=rngs)
-        self.outward = nnx.Linear(width, cells * spec.channels, kernel_init=ZERO, dtype=dtype, rngs=rngs)
+        self.outward = nnx.Linear(width, cells * self.leading, kernel_init=ZERO, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, noise_level: Array, fields: Array, scalars: Array, key: Array | None = None) -> Array:
         call = Caller(key, self.remat)
         e = self.embed(noise_level, scalars)
-        h = self.inward(jnp.concatenate([x.ravel(), fields.ravel()]).astype(self.dtype))
+        h = self.inward(jnp.concatenate([x[..., : self.leading].ravel(), fields.ravel()]).astype(self.dtype))
         for block in self.blocks:
             h = call(block, h, e)
         scale, shift = jnp.split(self.modulate(e), 2)
-        return self.outward(layer_norm(h, scale, shift)).astype(jnp.float32).reshape(x.shape)
+        out = self.outward(layer_norm(h, scale, shift)).astype(jnp.float32).reshape(*x.shape[:-1], self.leading)
+        return jnp.concatenate([out, jnp.zeros((*x.shape[:-1], x.shape[-1] - self.leading))], -1)
 
 
 class HiddenBlock(nnx.Module):

@@ -136,3 +136,57 @@ def test_randomised_patterns_are_the_exact_ones_where_the_spectrum_falls():
     exact, values = means._right(y, 5)
     np.testing.assert_allclose(singular, values, rtol=1e-3)
     np.testing.assert_allclose(np.abs((right * exact).sum(1)), 1.0, atol=1e-3)
+
+
+# ---------------------------------------------------------------- normal scores, spread and response
+
+
+def test_normal_scores_of_training_values_are_gaussian_and_come_back():
+    rain = np.maximum(np.random.default_rng(0).gamma(0.5, 4.0, (2000, 2, 3)) - 1.0, 0.0).astype(np.float32)
+    stat = means.fit_scores(rain)
+    scores = means.to_scores(stat, rain)
+    assert abs(scores.mean()) < 0.04 and abs(scores.std() - 1) < 0.04  # the dry share is known to half a node, an eighth of a deviation
+    wet = (rain > 0) & (scores < means.SCORE_ENDS[1])
+    back = np.stack([np.asarray(means.from_scores(stat, s)) for s in scores])
+    # Linear between nodes an eighth of a deviation apart: a small share of the value.
+    assert np.abs(back - rain)[wet].max() < 0.05 * rain.max()
+    assert (back[rain == 0] == 0).mean() > 0.97  # the node above the last dry one already rains
+
+
+def test_normal_scores_never_rain_less_than_nothing_and_grow_beyond_the_highest_value():
+    stat = {"quantiles": np.linspace(0.0, 5.0, 51, dtype=np.float32)[:, None, None] ** 2}
+    low, high, higher = (float(means.from_scores(stat, np.full((1, 1), s, np.float32))[0, 0]) for s in (-9.0, 3.25, 4.25))
+    assert low == 0.0 and high == pytest.approx(25.0) and higher > high
+
+
+def test_season_spread_finds_a_known_annual_cycle_of_the_variance():
+    days = np.arange(3650) % 365.25
+    true = np.sqrt(1 + 0.6 * np.cos(2 * np.pi * days / means.YEAR))
+    residual = (true * np.random.default_rng(0).standard_normal(3650))[:, None, None].astype(np.float32)
+    found = means.season_spread(means.fit_season_spread(residual, days), days)[:, 0, 0]
+    np.testing.assert_allclose(found, true, atol=0.1)  # a variance from 3650 values has an error of 2.3 % per degree of freedom
+
+
+def test_spread_grows_with_forcing_as_it_was_made_to():
+    extra = np.repeat([-1.0, 0.0, 1.0], 2000)
+    residual = (np.exp(0.1 * extra)[:, None, None] * np.random.default_rng(0).standard_normal((6000, 3, 3))).astype(np.float32)
+    assert means.fit_spread(residual, extra, np.ones((3, 3))) == pytest.approx(0.1, abs=0.01)
+    assert means.fit_spread(residual, np.zeros(6000), np.ones((3, 3))) == 0
+
+
+def test_a_response_pattern_of_pure_noise_is_shrunk_to_its_mean_and_a_true_one_kept():
+    random, weights = np.random.default_rng(0), np.ones((20, 20))
+    pattern = random.standard_normal((1, 20, 20))
+    kept = means.shrink_pattern(pattern, pattern, pattern, weights)
+    np.testing.assert_allclose(kept, pattern, atol=1e-12)
+    noise = [2.0 + random.standard_normal((1, 20, 20)) for _ in range(2)]
+    shrunk = means.shrink_pattern(np.mean(noise, 0), *noise, weights)
+    assert shrunk.mean() == pytest.approx(np.mean(noise)) and shrunk.std() < 0.2 * np.mean(noise, 0).std()
+
+
+def test_relative_response_is_linear_in_the_mean_and_bounded():
+    extra = np.repeat([-1.0, 0.0, 1.0], 400)
+    values = (4.0 * (1 + 0.1 * extra))[:, None, None] * np.ones((1200, 4, 4))
+    stat = means.fit_relative_response(values, np.tile(np.arange(400.0) % 365, 3), extra, np.ones((4, 4)))
+    np.testing.assert_allclose(means.relative_response(stat, np.array([0.0, 2.0]))[:, 0, 0], [1.0, 1.2], atol=0.01)  # 5 % for the floor
+    assert means.relative_response(stat, np.float32(1000.0)).max() == 5.0

@@ -4,16 +4,18 @@ Shapes are written for one sample; `n` is a leading axis of many. Physical array
 an `Example` is what a generator sees of them: normalised, without names.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 if TYPE_CHECKING:
     import xarray as xr
+
+    from twinsim import scenario as scenarios
 
 Array = jax.Array | np.ndarray
 Sample = Mapping[str, Array]  # variable name -> physical values, e.g. `[lat, lon]`
@@ -163,11 +165,11 @@ class Scores:
     """What a generator earns on held-out truth.
 
     Attributes:
-      table: `"variable: metric"` -> Score; the names are the same for the model and its baselines.
+      table: `"variable: metric"` -> Score; the names are the same for the model and its baselines, the engine adds its own.
       curves: arrays behind the pictures, `"spectrum/tas"` -> 1-D or 2-D array.
     """
 
-    table: Mapping[str, Score]
+    table: dict[str, Score]
     curves: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -191,11 +193,45 @@ class Section:
 
 
 class Domain(Protocol):
-    """A system: its samples, its truth, its physics and its judges. Names no generator."""
+    """A system: its samples, its truth, its physics and its judges. Names no generator.
 
-    name: str
-    sample: Mapping[str, Variable]
-    condition: Mapping[str, Variable]
+    `encode`, `decode`, `simulate` and `check` are written for one sample, are pure and can be traced; the engine maps them
+    over many. Everything else runs on the host and may take `n` samples at once.
+    """
+
+    Scenario: ClassVar[type["scenarios.Scenario"]]  # the schema of this domain's scenario files
+
+    # ---- what it is
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Cells of one variable."""
+        ...
+
+    @property
+    def sample(self) -> Mapping[str, Variable]: ...
+
+    @property
+    def condition(self) -> Mapping[str, Variable]: ...
+
+    @property
+    def licence(self) -> str:
+        """Of what is made from the truth."""
+        ...
+
+    @property
+    def limits(self) -> Sequence[str]:
+        """What this twin cannot tell, a sentence each, for the report."""
+        ...
+
+    def inputs(self) -> Sequence[Mapping[str, Any]]:
+        """The files the truth came from: `name`, `place`, `licence`, `sha256`, `size` in bytes."""
+        ...
+
+    # ---- truth, and what is estimated from it
 
     def source(self, split: str) -> Source:
         """Truth of the split "train", "validation" or "test". Raises BadInput."""
@@ -207,9 +243,11 @@ class Domain(Protocol):
 
     def spec(self, statistics: Statistics) -> Spec: ...
 
-    def examples(self, statistics: Statistics, rows: slice) -> Example:
-        """Training examples of `rows`, `[n, ...]`, their means predicted out of fold."""
+    def examples(self, statistics: Statistics) -> Iterator[Example]:
+        """Training examples in order, in blocks `[n, ...]`; what is predicted for them is predicted out of fold."""
         ...
+
+    # ---- one sample
 
     def encode(self, statistics: Statistics, condition: Condition) -> tuple[Array, Array]:
         """Fields `[*grid, field]` and scalars `[scalar]` of one condition."""
@@ -219,32 +257,61 @@ class Domain(Protocol):
         """The physical sample a target stands for; differentiable."""
         ...
 
-    def ask(self, scenario: Mapping[str, Any]) -> Question:
-        """A checked scenario in this domain's terms. Raises BadInput."""
+    def simulate(self, sample: Sample, condition: Condition, key: Array) -> Sample:
+        """What the physics makes of a sample, which is what gets checked and written; the identity where nothing is stepped on."""
         ...
 
     def check(self, sample: Sample, condition: Condition) -> Mapping[str, Array]:
-        """Each physical rule -> how far it is broken, in the rule's unit; 0 = kept. One sample."""
+        """Each physical rule -> how far it is broken, in the rule's unit; 0 = kept."""
         ...
+
+    # ---- questions
+
+    def ask(self, scenario: Any, folder: Path) -> Question:
+        """A checked `Scenario` in this domain's terms; files it names lie in `folder`. Raises BadInput."""
+        ...
+
+    def exam(self, members: int, most: int | None = None) -> tuple[Question, Sample]:
+        """The held-out test as a question of at most `most` items, and its true answer `[n, ...]`."""
+        ...
+
+    # ---- judges
 
     def baselines(self, statistics: Statistics) -> "Mapping[str, Baseline]":
         """Reference generators, fitted on the training split."""
         ...
 
     def score(self, generated: Sample, truth: Sample, condition: Condition) -> Scores:
-        """Judges `generated` `[member, n, ...]` by `truth` `[n, ...]`."""
+        """Judges `generated` `[member, n, ...]` by `truth` `[n, ...]`; the same table for the model and its baselines."""
         ...
 
-    def dataset(self, samples: Sample, question: Question) -> "xr.Dataset":
+    def membership(self, generated: Sample, truth: Sample, ask: Callable[[Question], Sample]) -> Score | None:
+        """How well samples betray which data the model saw: an AUC, 0.5 = not at all; None where no fair test exists.
+
+        `generated` and `truth` are those of the exam; `ask` draws the answer to a further question.
+        """
+        ...
+
+    # ---- what is delivered
+
+    def dataset_of(self, samples: Sample, question: Question) -> "xr.Dataset":
         """Generated samples `[member, item, ...]` with names, units and coordinates."""
         ...
 
-    def write(self, dataset: "xr.Dataset", folder: Path) -> Sequence[Path]:
-        """Formats of the field beyond Zarr, where the scenario asks for them."""
+    def summary(self, question: Question, dataset: "xr.Dataset") -> str:
+        """The answer in a sentence or two."""
         ...
 
-    def sections(self, **parts: Any) -> Sequence[Section]:
-        """The domain's part of the report."""
+    def sections(
+        self, *, asked: Any, question: Question, dataset: "xr.Dataset", rules: Mapping[str, Any], evaluation: Any
+    ) -> Sequence[Section]:
+        """The domain's part of the report.
+
+        Args:
+          asked: the checked scenario.
+          rules: physical rule -> how far each draw breaks it, `[member, item]`.
+          evaluation: `scores` and `examples` (a few samples to look at) by competitor: the model, the baselines, "truth".
+        """
         ...
 
 

@@ -58,6 +58,16 @@ def build(node: Any, **given: Any) -> Any:
     return functools.partial(make, **given) if node.get("_partial_") else make(**given)
 
 
+def check_targets(node: Any, place: str) -> None:
+    """Raises BadInput where a `_target_` in `node`, at any depth, may not be built; builds nothing."""
+    node = plain(node)
+    _check_size(node)
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise BadInput(f"config {place}: expected a table with a `_target_`, got {_show(node)}")
+    for where, inner in _targets(node, place):
+        resolve(inner["_target_"], where)
+
+
 def plain(node: Any) -> Any:
     """`node` as dicts, lists and values, its interpolations resolved. Raises BadInput."""
     if isinstance(node, DictConfig | ListConfig):

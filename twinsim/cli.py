@@ -5,9 +5,9 @@ Heavy imports wait until a verb needs them, so that `--help` is immediate.
 
 import contextlib
 import difflib
-import errno
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ VERBS = {
     "reproduce": "run again what a folder records and compare every value",
     "doctor": "look at this machine and installation",
 }
-EXIT = """exit codes: 0 done | 1 verify or reproduce found a difference, doctor a fault | 2 bad input | 3 the training diverged |
-            75 asked to stop, state saved, the same command goes on | 130 interrupted"""
+EXIT = """exit codes: 0 done | 1 verify or reproduce found a difference, doctor a fault | 2 bad input or full disk
+            3 a number is not finite | 75 asked to stop, state saved, the same command goes on | 130 interrupted"""
 HELP = f"""twinsim: learn how a real system behaves, generate scenarios of it, check each by its physics, score them on held-out truth
 
 usage: twinsim VERB [SCENARIO] [NAME=VALUE ...] [-m]
@@ -47,6 +47,8 @@ NAME=VALUE sets any value of the configuration (see conf/), set.NAME=VALUE a fie
 
 {EXIT}
 """
+SHORT = 0.05  # seconds; a shorter stage goes without a line
+STOPPED = (75, 130)  # exit codes after which a sweep does not begin its next job
 PLAIN_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
 
@@ -107,6 +109,13 @@ def _one(verb: str, composed: Any, show: bool = False) -> int:
     if show:
         print(yaml.safe_dump(config, sort_keys=False), end="")
         return 0
+    with _asked_to_stop():
+        return _act(verb, config)
+
+
+def _act(verb: str, config: dict[str, Any]) -> int:
+    from twinsim import run
+
     if verb == "data":
         run.data(config, progress)
         print(f"data: {run.places(config).data}")
@@ -145,12 +154,10 @@ def _reproduce(words: list[str]) -> int:
     except ValueError:
         raise BadInput(f"reproduce: {options[-1]}: expected a number, in the units of each variable") from None
     folder = _folder("reproduce", [word for word in words if word not in options])
-    differences = run.reproduce(folder, progress, tolerance)
-    print(
-        "\n".join(differences)
-        if differences
-        else f"reproduced: every value of {folder} is the same" + (f" to {tolerance:g}" if tolerance else ", bit by bit")
-    )
+    with _asked_to_stop():
+        differences = run.reproduce(folder, progress, tolerance)
+    same = f"reproduced: every value of {folder} is the same" + (f" to {tolerance:g}" if tolerance else ", bit by bit")
+    print("\n".join(differences) if differences else same)
     return 1 if differences else 0
 
 
@@ -182,7 +189,7 @@ def _overrides(words: list[str]) -> list[str]:
     from twinsim import scenario
     from twinsim.base import BadInput
 
-    named = [word for word in words if "=" not in word and not word.startswith("-")]
+    named = [word for word in words if "=" not in word and not word.startswith(("-", "~"))]
     if unknown := [word for word in words if word.startswith("-")]:
         raise BadInput(f"unknown option {unknown[0]}; options are -m, --cfg, --scenarios, --help")
     if len(named) > 1:
@@ -244,30 +251,49 @@ def _paths(node: Any, prefix: str = "") -> list[str]:
 
 
 def _sweep(verb: str, overrides: list[str]) -> int:
-    """Hydra's own sweep: every combination of comma-separated values, one after the other or by a launcher."""
+    """Hydra's own sweep: every combination of comma-separated values, one after the other or by a launcher.
+
+    A job that fails does not keep the others from running; one that was asked to stop does.
+    """
     import hydra
 
+    for job in _jobs(overrides):  # a wrong name is answered before the first job begins
+        _compose(job)
     codes: list[int] = []
 
-    def job(config: Any) -> None:
-        from omegaconf import open_dict
-
-        with open_dict(config):
-            config.pop("verb", None)
+    def job(config: Any) -> int:
         with _sentences() as outcome:
             outcome.code = _one(verb, config)
         codes.append(outcome.code)
-        if outcome.code:
+        if outcome.code in STOPPED:
             raise SystemExit(outcome.code)
+        return outcome.code
 
     before = sys.argv
-    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.output_subdir=null", "hydra.sweep.dir=out/sweeps"]
+    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.output_subdir=null", "hydra.sweep.dir=${out}/sweeps"]
     sys.argv = ["twinsim", "-m", *overrides, *quiet]
     try:
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name="twinsim")(job)()
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else 1
     finally:
         sys.argv = before
     return max(codes, default=0)
+
+
+def _jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep. Raises BadInput."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from twinsim.base import BadInput
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+    except HydraException as error:
+        raise BadInput(f"sweep: {str(error).strip().splitlines()[0]}") from None
 
 
 # ---------------------------------------------------------------- process, progress, mistakes
@@ -318,10 +344,12 @@ def progress(stage: str) -> Iterator[Any]:
         if now - last[0] >= PLAIN_EVERY and done:
             last[0] = now
             left = (now - began) / done * (total - done)
-            print(f"{stage}: {done}/{total} {_note(note)} {now - began:.0f} s, about {left:.0f} s left", file=sys.stderr, flush=True)
+            told = f"{done}/{total}  {_note(note):<14} {now - began:6.1f} s, about {left:.0f} s left"
+            print(f"{stage:<18} {told}", file=sys.stderr, flush=True)
 
     yield line
-    print(f"{stage}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    if (passed := time.perf_counter() - began) >= SHORT:
+        print(f"{stage:<18} done in {passed:.1f} s", file=sys.stderr, flush=True)
 
 
 def _note(note: Sequence[Any]) -> str:
@@ -345,7 +373,7 @@ def _sentences() -> Iterator[_Outcome]:
         outcome.code = _code(error)
         if not outcome.code:
             raise
-        _fail(" ".join(str(error).split()))
+        _fail(" ".join(str(error).split()) or type(error).__name__)
 
 
 def _code(error: Exception) -> int:
@@ -354,10 +382,32 @@ def _code(error: Exception) -> int:
 
     if isinstance(code := getattr(error, "exit_code", None), int):
         return code
-    if isinstance(error, BadInput | ModuleNotFoundError | FloatingPointError):
+    if isinstance(error, FloatingPointError):
+        return 3
+    if isinstance(error, BadInput | ModuleNotFoundError | MemoryError):
         return 2
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-    return 2 if full or "No space left" in str(error) else 0
+    from twinsim import files
+
+    return 2 if files.unusable(error) else 0
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[None]:
+    """Leaves with exit code 75 on SIGTERM, also between the loops that listen to it themselves."""
+    from twinsim.mesh import Preempted
+
+    def leave(*_: Any) -> None:
+        raise Preempted("asked to stop; the same command goes on from the last whole state")
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # only the main thread may listen to signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(sentence: str) -> int:

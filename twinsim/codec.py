@@ -88,14 +88,18 @@ def fit_components(residuals: np.ndarray, weights: np.ndarray, count: int) -> di
 
 def project(components: Mapping[str, Any], residual: Array) -> Array:
     """Residual `[*grid, channel]` -> standardised principal components `[component, 1]`."""
-    root = jnp.sqrt(components["weights"])[..., None]
-    feature = (residual / components["channel_scale"] * root).reshape(-1) - components["mean"]
+    feature = jnp.reshape(residual / _units(components), -1) - components["mean"]
     return ((components["basis"] @ feature) / components["scale"])[:, None]
 
 
 def expand(components: Mapping[str, Any], target: Array) -> Array:
     """Standardised principal components `[component, 1]` -> residual `[*grid, channel]`."""
     feature = (target[:, 0] * components["scale"]) @ components["basis"] + components["mean"]
-    root = jnp.sqrt(components["weights"])[..., None]
-    channels = components["channel_scale"].shape[0]
-    return feature.reshape(*components["weights"].shape, channels) / root * components["channel_scale"]
+    units = _units(components)
+    return feature.reshape(units.shape) * units
+
+
+def _units(components: Mapping[str, Any]) -> Array:
+    """What a feature of one stands for in each cell and channel, `[*grid, channel]`."""
+    weights, scale = components["weights"], components["channel_scale"]
+    return jnp.broadcast_to(scale, (*weights.shape, *scale.shape)) / jnp.sqrt(weights)[..., None]

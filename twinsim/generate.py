@@ -190,9 +190,11 @@ def stream(
       samples `[member, item, ...]` and broken rules `[member, item]` as Zarr arrays.
     """
     journal = store / JOURNAL
-    done = _read_journal(journal, identity)
+    done, whole = _read_journal(journal, identity)
     if not done and store.exists():
         shutil.rmtree(store)
+    elif done:
+        os.truncate(journal, whole)  # a line that a kill tore
     store.mkdir(parents=True, exist_ok=True)
     group = zarr.open_group(store / "arrays", mode="a")
     for kind in ("sample", "rule"):
@@ -205,9 +207,9 @@ def stream(
             for kind, values in (("sample", samples), ("rule", broken)):
                 for name, array in values.items():
                     chunk = (every[0].members.stop, every[0].items.stop, *array.shape[2:])
-                    _array(group, f"{kind}/{name}", (members, items, *array.shape[2:]), chunk, array.dtype)[
-                        block.members.start : block.members.stop, block.items.start : block.items.stop
-                    ] = array
+                    stored = _array(group, f"{kind}/{name}", (members, items, *array.shape[2:]), chunk, array.dtype)
+                    stored[block.members.start : block.members.stop, block.items.start : block.items.stop] = array
+                    _flush(store / "arrays" / stored.path, stored.chunks, block)
             with journal.open("a") as lines:
                 if not done:
                     lines.write(json.dumps({"identity": identity}) + "\n")
@@ -229,16 +231,34 @@ def _array(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[i
     return group.create_array(path, shape=shape, chunks=chunks, dtype=dtype, serializer=BytesCodec(), compressors=[Crc32cCodec()])
 
 
-def _read_journal(journal: Path, identity: str) -> set[str]:
-    """Names of the blocks that are done; none when the journal belongs to something else. A torn last line is ignored."""
+def _flush(folder: Path, chunks: tuple[int, ...], block: Block) -> None:
+    """Puts the chunks of a block on the disk: the journal must not be there before them."""
+    for member in range(block.members.start // chunks[0], -(-block.members.stop // chunks[0])):
+        for item in range(block.items.start // chunks[1], -(-block.items.stop // chunks[1])):
+            path = Path(folder, "c", str(member), str(item), *("0" for _ in chunks[2:]))
+            if path.exists():  # a chunk of zeros, the fill value, is not stored
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+
+def _read_journal(journal: Path, identity: str) -> tuple[set[str], int]:
+    """Names of the blocks that are done, and up to which byte the journal is whole.
+
+    No block where the journal belongs to something else. Nothing after a torn line counts.
+    """
     if not journal.exists():
-        return set()
-    lines = []
-    for line in journal.read_text().splitlines():
+        return set(), 0
+    done: set[str] = set()
+    whole = 0
+    for number, line in enumerate(journal.read_bytes().splitlines(keepends=True)):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line) if line.endswith(b"\n") else {}
+        except ValueError:
             break
-    if not lines or lines[0].get("identity") != identity:
-        return set()
-    return {line["block"] for line in lines[1:]}
+        name = entry.get("identity" if number == 0 else "block") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or (number == 0 and name != identity):
+            break
+        if number:
+            done.add(name)
+        whole += len(line)
+    return done, whole

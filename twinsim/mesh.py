@@ -192,3 +192,5 @@ def preemption() -> Iterator[Callable[[int], bool]]:
         yield lambda step: flag.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
+    if flag.is_set() and callable(before):  # the loop came to its end all the same: whoever listens around it is told
+        signal.raise_signal(signal.SIGTERM)

@@ -198,10 +198,13 @@ def sliced_wasserstein(
 ) -> float:
     """Mean Wasserstein-1 distance of two sets of fields `[n, *grid]` along random unit directions (Bonneel et al. 2015).
 
-    Fields are scaled by the reference's standard deviation a cell, and by the root of the normalised weights.
+    Fields are scaled by the reference's standard deviation a cell (at least 1 % of its grid mean), and by the root of the
+    normalised weights.
     """
     grid = reference.shape[1:]
-    scale = np.sqrt(_weights(weights, grid).ravel() * np.prod(grid)) / (reference.reshape(len(reference), -1).std(0) + 1e-9)
+    spread = reference.reshape(len(reference), -1).std(0)
+    spread = np.maximum(spread, 0.01 * spread.mean() + 1e-9)  # where it never rains, the first drop is no infinite distance
+    scale = np.sqrt(_weights(weights, grid).ravel() * np.prod(grid)) / spread
     towards = np.random.default_rng(seed).normal(size=(scale.size, directions))
     towards *= scale[:, None] / np.linalg.norm(towards, axis=0)
     level = (np.arange(levels) + 0.5) / levels

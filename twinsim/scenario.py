@@ -22,6 +22,7 @@ from twinsim.base import BadInput
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 12
 MAX_NODES = 10_000
+TARGETS = ("_target_", "_partial_", "_convert_", "_args_", "_recursive_")
 MAX_DIGITS = 18  # a longer integer does not fit in 64 bits
 
 Line = str  # "line 7" of the file, or "set.members" of the command line
@@ -51,6 +52,10 @@ class Scenario(pydantic.BaseModel):
     members: int = pydantic.Field(ge=1, le=10_000)
     seed: int = pydantic.Field(default=0, ge=0, le=2**32 - 1)
     formats: list[Literal["netcdf"]] = []
+
+    def files(self) -> list[str]:
+        """Files beside the scenario that it names, relative to its folder; a run keeps a copy of them."""
+        return []
 
     @pydantic.field_validator("title", "asks", "command", "takes")
     @classmethod
@@ -155,8 +160,13 @@ def read(path: Path) -> str:
         raise BadInput(f"{path}, line {_line(raw, error.start)}: expected UTF-8 text, got byte 0x{raw[error.start]:02x}") from None
 
 
-def parse(text: str, name: str) -> tuple[dict[str, Any], dict[Spot, Line]]:
-    """Plain values of YAML text, and the line that each stands on. `name` is for messages. Raises BadInput."""
+def parse(text: str, name: str, targets: bool = False) -> tuple[dict[str, Any], dict[Spot, Line]]:
+    """Plain values of YAML text, and the line that each stands on. Raises BadInput.
+
+    Args:
+      name: of the file, for messages.
+      targets: let names such as `_target_` through: the text is the config of a run, which `build` judges.
+    """
     try:
         node = _compose(text)
     except _RefusedError as refusal:
@@ -171,7 +181,7 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], dict[Spot, Line]]:
     if not isinstance(node, yaml.MappingNode):
         raise BadInput(f"{name}, line 1: expected `name: value` lines, got {'an empty file' if node is None else 'something else'}")
     try:
-        return _plain(node, (), lines), lines
+        return _plain(node, (), lines, targets), lines
     except _RefusedError as refusal:
         raise BadInput(f"{name}, {refusal}") from None
 
@@ -226,21 +236,21 @@ for _kind, _pattern in _NUMBERS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, list("-+.0123456789"))
 
 
-def _plain(node: Any, spot: Spot, lines: dict[Spot, Line]) -> Any:
+def _plain(node: Any, spot: Spot, lines: dict[Spot, Line], targets: bool = False) -> Any:
     """The value of a node; its place and those below go to `lines`."""
     where = lines[spot] = f"line {node.start_mark.line + 1}"
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*spot, index), lines) for index, item in enumerate(node.value)]
+        return [_plain(item, (*spot, index), lines, targets) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             here = f"line {key_node.start_mark.line + 1}"
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _RefusedError(f"{here}: expected a name before the colon, got a list or a table")
-            key = _name(key_node.value, here)
+            key = key_node.value if targets and key_node.value in TARGETS else _name(key_node.value, here)
             if key in values:
                 raise _RefusedError(f"{here}: expected each key once, got {_show(key)} again")
-            values[key] = _plain(value_node, (*spot, key), lines)
+            values[key] = _plain(value_node, (*spot, key), lines, targets)
             lines[(*spot, key)] = here
         return values
     return _scalar(node.tag.rpartition(":")[2], node.value, where)

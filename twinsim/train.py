@@ -1,4 +1,4 @@
-"""Fits a generator to examples: one jitted update, and the loop around it. The only home of optax.
+"""Fits a generator to examples, by one jitted update and the loop around it; the only home of optax.
 
 The state is a plain pytree, the module is split once, and where each leaf lives is decided by the rule table of `mesh`: so that
 one update serves one device, replicas (`data`), split states (`fsdp`) and split layers (`model`). The noise of an example is keyed

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import xarray as xr
 from domains.climate import baselines, figures, grid, means, physics, questions, scores
 from domains.climate.sources import day_of_year
 from twinsim import codec
+from twinsim import scenario as scenarios
 from twinsim.base import (
     Array,
     BadInput,
@@ -39,6 +40,7 @@ from twinsim.base import (
 )
 
 SPLITS = ("train", "validation", "test")
+NORMAL_SCORE = "normal_score"
 SPREAD_FLOOR = 1e-3  # of a transformed variable: where the truth never varies, the residual is not blown up
 
 
@@ -47,7 +49,8 @@ class Quantity:
     """One generated variable: what it is, how it is transformed towards a Gaussian, what it must obey.
 
     Attributes:
-      transform: "identity", "sqrt", "log1p" or "log" (see twinsim.codec), of the value divided by `unit`.
+      transform: "identity", "sqrt", "log1p" or "log" (see twinsim.codec), of the value divided by `unit`; or "normal_score", which
+        makes each cell's values Gaussian by its own quantiles, zeros included (see `means.fit_scores`).
       conserve: how a block mean is kept in downscaling: "shift" (temperature) or "scale" (rain).
       wet: the value above which a cell counts as wet, for non-negative quantities with many zeros; 0 for others.
     """
@@ -64,7 +67,8 @@ class Quantity:
     wet: float = 0.0
 
     def __post_init__(self) -> None:
-        codec.transform(self.transform, self.unit)
+        if self.transform != NORMAL_SCORE:
+            codec.transform(self.transform, self.unit)
         if self.lower >= self.upper:
             raise BadInput(f"variable {self.long_name}: expected lower < upper, got {self.lower} and {self.upper}")
 
@@ -249,7 +253,7 @@ class Climate:
         recorded = self.conditions(rows) if self.season or self.forcing else {}
         days = np.asarray(recorded.get("day_of_year", np.zeros(len(rows), np.float32)))
         forcing = np.asarray(recorded[self.forcing]) if self.forcing else None
-        return {name: means.fit_harmonics(values, days, forcing) for name, values in self.truth(rows).items()}
+        return {name: means.fit_harmonics(np.asarray(values), days, forcing) for name, values in self.truth(rows).items()}
 
     def source(self, split: str) -> "Truth":
         return Truth(self, self.rows(split))
@@ -277,7 +281,8 @@ class Climate:
         truth = self.truth(rows)
         condition = self.conditions(rows, truth)
         statistics: dict[str, Any] = {"scalars": self._fit_scalars(condition)}
-        transformed = {name: np.asarray(q.maps.forward(truth[name])) for name, q in self.quantities.items()}
+        statistics["scores"] = self._fit_scores(truth, condition)
+        transformed = self._transformed(statistics, truth, condition)
         if self.background:
             statistics["interpolation"] = self._fit_interpolation(transformed, condition)
             raw = {name: self._interpolate(statistics, name, condition) for name in self.quantities}
@@ -288,12 +293,15 @@ class Climate:
             statistics["field_mean"] = {name: np.float32(1) * v.mean(cellwise) for name, v in transformed.items()}
             statistics["field_scale"] = {name: v.std(cellwise) + np.float32(SPREAD_FLOOR) for name, v in transformed.items()}
         else:
-            extra = condition[self.forcing] if self.forcing else None
-            days = condition.get("day_of_year", np.zeros(len(rows), np.float32))
-            statistics["climatology"] = {name: means.fit_harmonics(v, np.asarray(days), extra) for name, v in transformed.items()}
+            extra = np.asarray(condition[self.forcing]) if self.forcing else None
+            days = np.asarray(condition.get("day_of_year", np.zeros(len(rows), np.float32)))
+            own = {name: None if name in statistics["scores"] else extra for name in transformed}  # scores carry their response
+            statistics["climatology"] = {name: self._fit_mean(v, days, own[name]) for name, v in transformed.items()}
             expected = {name: np.asarray(self._expected(statistics, name, condition)) for name in transformed}
             cellwise = (0,)
         residual = {name: transformed[name] - expected[name] for name in transformed}
+        if not self.background:
+            residual = self._fit_spreads(statistics, residual, condition)
         statistics["residual_scale"] = {name: v.std(cellwise) + np.float32(SPREAD_FLOOR) for name, v in residual.items()}
         if self.components:
             stacked = np.stack([residual[name] for name in self.quantities], axis=-1)
@@ -302,6 +310,54 @@ class Climate:
             fixed = np.stack([self.dataset[name].values for name in self.statics], axis=-1).astype(np.float32)
             statistics["statics"] = (fixed - fixed.mean((0, 1))) / (fixed.std((0, 1)) + np.float32(SPREAD_FLOOR))
         return statistics
+
+    def _fit_scores(self, truth: Sample, condition: Condition) -> dict[str, Statistics]:
+        """Normal-score tables of the variables that want one, with the response of their means taken out."""
+        fitted: dict[str, Statistics] = {}
+        for name, quantity in self.quantities.items():
+            if quantity.transform != NORMAL_SCORE:
+                continue
+            if self.background:
+                raise BadInput(f"variable {name}: transform normal_score is for models without a background, use log1p or sqrt")
+            values = np.asarray(truth[name])
+            if not self.forcing:
+                fitted[name] = means.fit_scores(values)
+                continue
+            days = np.asarray(condition.get("day_of_year", np.zeros(len(values), np.float32)))
+            response = means.fit_relative_response(values, days, np.asarray(condition[self.forcing]), self.weights)
+            factor = means.relative_response(response, np.asarray(condition[self.forcing]))
+            fitted[name] = {**means.fit_scores(values / factor), **response}
+        return fitted
+
+    def _transformed(self, statistics: Statistics, truth: Sample, condition: Condition) -> dict[str, np.ndarray]:
+        """Recorded samples `[n, y, x]` as the generator's mean and residual see them."""
+        transformed = {}
+        for name, quantity in self.quantities.items():
+            values = np.asarray(truth[name])
+            if name in statistics.get("scores", {}):
+                stat = statistics["scores"][name]
+                factor = means.relative_response(stat, np.asarray(condition[self.forcing])) if self.forcing else np.float32(1)
+                transformed[name] = means.to_scores(stat, values / factor)
+            else:
+                transformed[name] = np.asarray(quantity.maps.forward(values))
+        return transformed
+
+    def _restored(self, statistics: Statistics, name: str, transformed: Array, condition: Condition) -> Array:
+        """Physical values `[y, x]` of one variable."""
+        if name not in statistics.get("scores", {}):
+            return self.quantities[name].maps.inverse(transformed)
+        stat = statistics["scores"][name]
+        factor = means.relative_response(stat, condition[self.forcing]) if self.forcing else 1.0
+        return means.from_scores(stat, transformed) * factor
+
+    def _fit_mean(self, values: np.ndarray, days: np.ndarray, extra: np.ndarray | None) -> Statistics:
+        """Climatology of a transformed variable; the pattern of its response is trusted as far as two halves of the data agree."""
+        stat = dict(means.fit_harmonics(values, days, extra))
+        if extra is not None:
+            halves = [(np.arange(len(values)) // means.HALF_DAYS) % 2 == half for half in (0, 1)]
+            parts = [means.fit_harmonics(values[half], days[half], extra[half])["response"] for half in halves]
+            stat["response"] = means.shrink_pattern(stat["response"], parts[0], parts[1], self.weights)
+        return stat
 
     def _fit_scalars(self, condition: Condition) -> Statistics:
         """The range in which a scalar was seen: outside it the network is asked for the nearest it knows, the mean goes on."""
@@ -361,6 +417,29 @@ class Climate:
         days = condition["day_of_year"] if self.season else jnp.zeros(())
         return means.harmonics(statistics["climatology"][name], days, extra)
 
+    def _fit_spreads(self, statistics: dict[str, Any], residual: dict[str, np.ndarray], condition: Condition) -> dict[str, np.ndarray]:
+        """Fits how the residual's spread changes with season and forcing; returns residuals `[n, y, x]` freed of both."""
+        if self.season:
+            days = np.asarray(condition["day_of_year"])
+            statistics["season_spread"] = {name: means.fit_season_spread(v, days) for name, v in residual.items()}
+            residual = {name: v / np.asarray(self._spread(statistics, name, condition)) for name, v in residual.items()}
+        if self.forcing:
+            forcing = np.asarray(condition[self.forcing])
+            spread = {name: means.fit_spread(v, forcing, self.weights) for name, v in residual.items()}
+            spread |= dict.fromkeys(statistics["scores"], np.float32(0))  # a wider score would change the mean again
+            residual = {name: v / np.exp(spread[name] * forcing)[:, None, None] for name, v in residual.items()}
+            statistics["spread"] = spread
+        return residual
+
+    def _spread(self, statistics: Statistics, name: str, condition: Condition) -> Array:
+        """Standard deviation of the residual on this day and at this forcing, relative to that of all days at none, `[..., y, x]`."""
+        factor: Array = np.ones((), np.float32)
+        if "season_spread" in statistics:
+            factor = means.season_spread(statistics["season_spread"][name], condition["day_of_year"])
+        if "spread" in statistics and self.forcing:
+            factor = factor * jnp.exp(statistics["spread"][name] * jnp.asarray(condition[self.forcing]))[..., None, None]
+        return factor
+
     def spec(self, statistics: Statistics) -> Spec:
         scalars = 2 * self.season + (1 if self.forcing else 0)
         if self.components:
@@ -373,7 +452,7 @@ class Climate:
         rows = self.rows(split)
         truth = self.truth(rows)
         condition = self.conditions(rows, truth)
-        transformed = {name: np.asarray(q.maps.forward(truth[name])) for name, q in self.quantities.items()}
+        transformed = self._transformed(statistics, truth, condition)
         expected = {name: np.asarray(self._expected(statistics, name, condition)) for name in transformed}
         if self.background and split == "train":
             raw = {name: np.asarray(self._interpolate(statistics, name, condition)) for name in self.quantities}
@@ -382,11 +461,12 @@ class Climate:
         encode = jax.jit(jax.vmap(self._example, in_axes=(None, 0, 0, 0)))
         for first in range(0, len(rows), block):
             part = slice(first, first + block)
-            pick = lambda values: {name: v[part] for name, v in values.items()}  # noqa: E731
-            yield jax.tree.map(np.asarray, encode(statistics, pick(transformed), pick(expected), pick(condition)))
+            parts = ({name: v[part] for name, v in values.items()} for values in (transformed, expected, condition))
+            yield jax.tree.map(np.asarray, encode(statistics, *parts))
 
     def _example(self, statistics: Statistics, transformed: Sample, expected: Sample, condition: Condition) -> Example:
-        residual = {name: transformed[name] - expected[name] for name in self.quantities}
+        spread = {name: self._spread(statistics, name, condition) for name in self.quantities}
+        residual = {name: (transformed[name] - expected[name]) / spread[name] for name in self.quantities}
         fields, scalars = self._encode(statistics, condition, expected)
         if self.components:
             target = codec.project(statistics["components"], codec.stack(residual, list(self.quantities)))
@@ -427,7 +507,8 @@ class Climate:
             residual = {name: v * statistics["residual_scale"][name] for name, v in codec.unstack(target, names).items()}
         sample = {}
         for name, quantity in self.quantities.items():
-            value = quantity.maps.inverse(self._expected(statistics, name, condition) + residual[name])
+            spread = self._spread(statistics, name, condition)
+            value = self._restored(statistics, name, self._expected(statistics, name, condition) + spread * residual[name], condition)
             if self.background and self.background.conserve:
                 coarse = condition[f"coarse_{name}"]
                 value = grid.conserve_block_mean(value, coarse, self.background.factor, quantity.conserve)
@@ -436,7 +517,7 @@ class Climate:
 
     # ------------------------------------------------------------ questions, checks, scores, files
 
-    Scenario = questions.ClimateScenario
+    Scenario: ClassVar[type[scenarios.Scenario]] = questions.ClimateScenario
 
     def ask(self, scenario: questions.ClimateScenario, folder: Path) -> Question:
         return questions.ask(self, scenario, folder)
@@ -477,7 +558,7 @@ class Climate:
         condition = self.conditions(rows, truth)
         non_negative = [name for name, quantity in self.quantities.items() if quantity.lower >= 0 and quantity.wet]
         if self.background is None:
-            given = {"weights": self.weights, "forcing": self.forcing, "response": "uniform" if self.forcing else "none"}
+            given: dict[str, Any] = {"weights": self.weights, "forcing": self.forcing, "response": "uniform" if self.forcing else "none"}
             shifted = ", shifted uniformly" if self.forcing else ""
             return {
                 f"days of the season{shifted}": baselines.ClimatologyBootstrap(truth, condition, non_negative=non_negative, **given),
@@ -579,3 +660,9 @@ class Truth:
         chosen = self.positions[rows]
         sample = self.domain.truth(chosen)
         return sample, self.domain.conditions(chosen, sample)
+
+
+if TYPE_CHECKING:  # the type checker proves that a Climate keeps the protocol
+    from twinsim.base import Domain
+
+    _kept: Callable[..., Domain] = Climate

@@ -433,11 +433,12 @@ Daily means on the T31 Gaussian grid (48 x 96 cells) of the general-circulation 
 {days}.
 Static fields: surface altitude `orog`, land fraction `lsm`, climatological sea-surface temperature `sst` (to 0.01 K).
 
-Made by `twinsim data` with the source "speedy" (one run a warming: `control.nc`, `cold1.nc`, `warm1.nc`, `warm2.nc` in a folder) and then
+Made by these two commands (extra `[climate]`; the seeds of the runs stand in `conf/domain/climate/simulate.yaml`)
 
-    python -m domains.climate.embedded pack RUNS_FOLDER
+    twinsim data domain=climate/simulate
+    python -m domains.climate.embedded pack out/speedy
 
-which also writes this page. Read it with `domains.climate.embedded.open_embedded(branches=("control",))`.
+of which the second also writes this page. Read it with `domains.climate.embedded.open_embedded(branches=("control",))`.
 
 Packing loses a little. Root-mean-square rounding error (area mean), and its median ratio to the local day-to-day standard deviation:
 

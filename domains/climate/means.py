@@ -7,6 +7,7 @@ that applies them takes any leading axes, numpy or jax, and can be traced. Fits 
 from collections.abc import Iterator
 
 import numpy as np
+from scipy.stats import norm
 
 from domains.climate.grid import array_module, matmul
 from twinsim.base import Array, BadInput, Statistics
@@ -14,6 +15,7 @@ from twinsim.base import Array, BadInput, Statistics
 YEAR = 365.25  # days
 CHUNK = 8192  # cells handled at once in float64, so that a global data set fits into memory
 UNDETERMINED = 1e-2  # relative singular value below which the days do not tell harmonics apart (a winter-only record)
+HALF_DAYS = 60  # length of the alternating pieces that make two halves of a record, longer than weather remembers
 STILL = 1e-6  # spread below which a predictor is taken as constant
 
 
@@ -59,10 +61,121 @@ def harmonics(stat: Statistics, day_of_year: Array, extra: Array | None = None) 
     return mean + _tensordot(basis[..., :3] * xp.asarray(extra, dtype=xp.float32)[..., None], stat["response"])
 
 
+def shrink_pattern(response: np.ndarray, first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """A response `[harmonic, y, x]` whose pattern is shrunk by its reliability, so that noise is not extrapolated.
+
+    Each harmonic's departure from its area mean is multiplied by the share of its variance that is signal: the covariance of
+    the departures in two halves of the record over the variance in the whole (split-half reliability, Spearman 1910 and
+    Brown 1910). The area mean of the constant term stays as it is.
+    """
+    area = weights / weights.sum()
+    out = np.empty_like(response)
+    for k in range(len(response)):
+        mean = (response[k] * area).sum()
+        whole, a, b = (part[k] - (part[k] * area).sum() for part in (response, first, second))
+        signal, power = float((a * b * area).sum()), float((whole**2 * area).sum())
+        share = np.clip(signal / power, 0.0, 1.0) if power > 0 else 0.0
+        out[k] = (mean if k == 0 else share * mean) + share * whole
+    return out
+
+
+def fit_season_spread(residual: np.ndarray, days: np.ndarray) -> np.ndarray:
+    """The annual cycle of the variance of residuals `[n, y, x]` in each cell, relative to its mean: coefficients `[3, y, x]`."""
+    coefficients = fit_harmonics(residual**2, days)["climatology"][:3]
+    return coefficients / np.maximum(coefficients[:1], np.finfo(np.float32).tiny)
+
+
+def season_spread(coefficients: Array, days: Array) -> Array:
+    """Standard deviation of the residual on days `[...]`, relative to that of all days, `[..., y, x]`, between a third and three."""
+    xp = array_module(days, coefficients)
+    basis = _harmonic_basis(xp.asarray(days))[..., :3].astype(xp.float32)
+    return xp.sqrt(xp.clip(_tensordot(basis, coefficients), 1 / 9, 9.0))
+
+
+def fit_spread(residual: np.ndarray, extra: np.ndarray, weights: np.ndarray) -> np.float32:
+    """How the standard deviation of residuals `[n, y, x]` grows per unit of `extra` `[n]`: the slope of its logarithm.
+
+    One number for the whole grid, by least squares on the logarithm of the area-mean variance at each value of `extra`,
+    each weighted by its number of days.
+    """
+    power = (residual**2 * (weights / weights.sum())).sum((1, 2), dtype=np.float64)
+    levels, group = np.unique(np.round(extra, 3), return_inverse=True)
+    if len(levels) < 2:
+        return np.float32(0)
+    count = np.bincount(group)
+    log_variance = np.log(np.bincount(group, power) / count)
+    return np.float32(np.polyfit(levels, log_variance, 1, w=np.sqrt(count))[0] / 2)
+
+
 def _harmonic_basis(day_of_year: Array) -> Array:
     xp = array_module(day_of_year)
     t = 2 * np.pi * day_of_year / YEAR
     return xp.stack([xp.ones_like(t), xp.cos(t), xp.sin(t), xp.cos(2 * t), xp.sin(2 * t)], axis=-1)
+
+
+# ---------------------------------------------------------------- normal scores
+
+SCORE_STEP = 0.125  # between nodes of a normal-score table, in standard deviations
+SCORE_ENDS = (-3.0, 3.25)  # the outermost nodes; 3.25 is the expected largest of about 1,000 independent values
+DRY_FLOOR = 0.05  # of the grid-mean value: below it a relative response means nothing
+
+
+def fit_scores(values: np.ndarray) -> Statistics:
+    """Quantiles of `values` `[n, y, x]` of each cell at evenly spaced standard-normal scores: `quantiles [node, y, x]`.
+
+    The normal-score transform (Gaussian anamorphosis; Chiles & Delfiner 2012, section 6.2) makes a variable with many zeros and a
+    long tail, such as rain, Gaussian in each cell.
+    """
+    nodes = np.arange(SCORE_ENDS[0], SCORE_ENDS[1] + SCORE_STEP / 2, SCORE_STEP)
+    return {"quantiles": np.quantile(values, norm.cdf(nodes), axis=0).astype(np.float32)}
+
+
+def to_scores(stat: Statistics, values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Standard-normal scores of `values` `[n, y, x]`, on the host. Equal values (no rain) share their scores out at random."""
+    table = stat["quantiles"]
+    out = np.empty(values.shape, np.float32)
+    random = np.random.default_rng(seed).random(values.shape, np.float32)
+    low, high = norm.cdf(SCORE_ENDS)
+    share = norm.cdf(np.arange(len(table)) * SCORE_STEP + SCORE_ENDS[0])
+    for i in np.ndindex(values.shape[1:]):
+        column, at = values[(slice(None), *i)], table[(slice(None), *i)]
+        left = np.interp(column, at, share)  # of equal nodes, numpy takes the last
+        tied = column <= at[0]
+        if tied.any():
+            last = share[np.searchsorted(at, at[0], side="right") - 1]
+            left = np.where(tied, random[(slice(None), *i)] * last, left)
+        out[(slice(None), *i)] = norm.ppf(np.clip(left, low / 4, 1 - (1 - high) / 4))
+    return out
+
+
+def from_scores(stat: Statistics, scores: Array) -> Array:
+    """The values `[y, x]` of standard-normal scores `[y, x]`, linear between nodes and, with the last slope, beyond the highest."""
+    xp = array_module(scores, stat["quantiles"])
+    place = (scores - SCORE_ENDS[0]) / SCORE_STEP
+    node = xp.clip(xp.floor(place), 0, len(stat["quantiles"]) - 2).astype(xp.int32)
+    below = xp.take_along_axis(stat["quantiles"], node[None], axis=0)[0]
+    above = xp.take_along_axis(stat["quantiles"], node[None] + 1, axis=0)[0]
+    return below + (above - below) * xp.maximum(place - node, 0.0)
+
+
+def fit_relative_response(values: np.ndarray, days: np.ndarray, extra: np.ndarray, weights: np.ndarray) -> Statistics:
+    """How the mean of a non-negative variable `[n, y, x]` answers to `extra`, relative to itself: `slope`, `mean` `[y, x]`.
+
+    The pattern of the slope is shrunk by its split-half reliability (`shrink_pattern`).
+    """
+    halves = [(np.arange(len(values)) // HALF_DAYS) % 2 == half for half in (0, 1)]
+    whole = fit_harmonics(values, days, extra)
+    parts = [fit_harmonics(values[half], days[half], extra[half])["response"] for half in halves]
+    slope = shrink_pattern(whole["response"], parts[0], parts[1], weights)[0]
+    mean = whole["climatology"][0]
+    floor = np.float32(DRY_FLOOR) * max(float(mean.mean()), float(np.finfo(np.float32).tiny))
+    return {"slope": slope, "mean": np.maximum(mean, 0) + floor}
+
+
+def relative_response(stat: Statistics, extra: Array) -> Array:
+    """The factor by which the mean of each cell changes, `[..., y, x]`, between a fifth and five."""
+    xp = array_module(extra, stat["slope"])
+    return xp.clip(1 + xp.asarray(extra)[..., None, None] * stat["slope"] / stat["mean"], 0.2, 5.0)
 
 
 # ---------------------------------------------------------------- regression

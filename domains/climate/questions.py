@@ -93,6 +93,9 @@ class ClimateScenario(Scenario):
     observe: list[Observe] = pydantic.Field(default=[], max_length=200)
     background: Background | None = None
 
+    def files(self) -> list[str]:
+        return [self.background.file] if self.background and self.background.file else []
+
 
 def ask(domain: "Climate", scenario: ClimateScenario, folder: Path) -> Question:
     """A checked scenario as conditions `[day, ...]` and constraints. Raises BadInput."""
@@ -176,7 +179,8 @@ def _imposed(domain: "Climate", impose: Impose, condition: Condition) -> tuple[f
     weights = _box_weights(domain, impose.box)
     rows = domain.rows("train")
     series = (domain.dataset[impose.variable].values[rows] * weights).sum((1, 2))
-    level = impose.above_quantile if impose.above_quantile is not None else impose.below_quantile
+    above = impose.above_quantile is not None
+    level = np.float64(impose.above_quantile if above else impose.below_quantile)
     if domain.season:
         recorded = _days(domain.dataset["time"][rows])
         wanted = np.asarray(condition["day_of_year"])
@@ -186,7 +190,7 @@ def _imposed(domain: "Climate", impose: Impose, condition: Condition) -> tuple[f
             raise BadInput(f"impose: no training day lies within {WINDOW} days of day {wanted[~np.isfinite(threshold)][0]:.0f} of the year")
     else:
         threshold = np.full(len(next(iter(condition.values()))), np.quantile(series, level))
-    sign = 1.0 if impose.above_quantile is not None else -1.0
+    sign = 1.0 if above else -1.0
     return sign, lambda sample: jnp.sum(sample[impose.variable] * weights), threshold.astype(np.float32)
 
 
@@ -236,7 +240,11 @@ def _constraints(imposed: Sequence[Any], observed: Sequence[Any]) -> tuple[Any, 
             made.append(Observation(lambda target: jnp.stack([each[0](decode(target)) for each in observed]), values, errors))
         for index, (sign, mean, _) in enumerate(imposed):
             threshold = sign * condition[f"threshold{index}"]
-            made.append(Exceedance(lambda target, sign=sign, mean=mean: sign * mean(decode(target)), threshold))
+
+            def functional(target: Target, sign: float = sign, mean: Callable[[Sample], Array] = mean) -> Array:
+                return sign * mean(decode(target))
+
+            made.append(Exceedance(functional, threshold))
         return made
 
     def misses(sample: Sample, condition: Condition) -> Array:

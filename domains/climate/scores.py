@@ -30,12 +30,14 @@ class Judge:
       block: days that follow one another and may depend on one another, for the bootstrap; 1 for independent samples.
       pooled: generated samples at most in scores of the whole distribution (sliced Wasserstein, quantiles, memory).
       remembered: members drawn for training samples in the test of memory.
+      resolved: highest zonal wavenumber whose power is compared, where the truth is band-limited; None compares all.
       period: return period in blocks of `days` consecutive days.
     """
 
     block: int = 10
     pooled: int = 1000
     remembered: int = 8
+    resolved: int | None = None
     period: float = 20.0
     days: int = 30
 
@@ -81,7 +83,7 @@ def training_climatology(domain: "Climate", condition: Condition) -> Mapping[str
 def spectrum(domain: "Climate", fields: np.ndarray) -> np.ndarray:
     """Power by wavenumber `[..., k]`: zonal on the globe, radial on a limited area."""
     if domain.periodic[1]:
-        return metrics.zonal_spectrum(fields, domain.dataset[domain.dims[0]].values)
+        return metrics.zonal_spectrum(fields, domain.dataset[domain.dims[0]].values)[..., : domain.judge.resolved]
     return metrics.radial_spectrum(fields)
 
 
@@ -190,22 +192,30 @@ def _score_return_level(domain: "Climate", name: str, ensemble: np.ndarray, trut
     )
 
 
-def _score_change(domain: "Climate", generated: Sample, truth: Sample, climatology: Mapping[str, np.ndarray], table: dict) -> None:
+def _score_change(
+    domain: "Climate", generated: Sample, truth: Sample, climatology: Mapping[str, np.ndarray], table: dict[str, Score]
+) -> None:
     """The response to the forcing, from the climatology at no forcing: its global mean and its pattern."""
-    weights, block = domain.weights, domain.judge.block
+    area, block = domain.weights / domain.weights.sum(), domain.judge.block
+
+    def pattern(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.sqrt(((a - b) ** 2 * area).sum()))
+
     for name, quantity in domain.quantities.items():
         members = np.asarray(generated[name]).mean(0) - climatology[name]
         true = np.asarray(truth[name]) - climatology[name]
-        area = weights / weights.sum()
         series = [(members * area).sum((1, 2)), (true * area).sum((1, 2))]
-        table[f"{name}: change of the mean, ratio"] = metrics.interval(series, metrics.ratio, block=block, ideal=1.0)
-
-        def pattern(a: np.ndarray, b: np.ndarray) -> float:
-            return float(np.sqrt(((a - b) ** 2 * area).sum()))
-
+        low, high = _ends(metrics.interval(series[1], block=block))
+        if low * high > 0:  # a change of nothing has no ratio
+            table[f"{name}: change of the mean, ratio"] = metrics.interval(series, metrics.ratio, block=block, ideal=1.0)
         table[f"{name}: pattern error of the change"] = metrics.interval(
             [members, true], pattern, block=block, units=quantity.units, draws=100
         )
+
+
+def _ends(score: Score) -> tuple[float, float]:
+    """The interval of a score, or its value twice where none could be given."""
+    return (score.low, score.high) if np.isfinite(score.low) else (score.value, score.value)
 
 
 def _score_balance(domain: "Climate", generated: Sample, table: dict) -> None:

@@ -132,7 +132,7 @@ def _blocks(sst_offset: float, seed: int, spinup_days: int, files: list[Path]) -
         return state, {name: jnp.swapaxes(field, 1, 2).astype(jnp.float32) for name, field in daily.items()}
 
     start = RunState(model.initial_state(random_seed=seed), model.initial_physics_carry(), model.start_time, jnp.int32(0))
-    structure = jax.tree.structure(start)
+    structure: Any = jax.tree.structure(start)
     sst = np.asarray(forcing.sea_surface_temperature.values)[[0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334]]
     statics = {
         "orog": np.asarray(model.terrain.orog).T,
@@ -151,13 +151,13 @@ def _blocks(sst_offset: float, seed: int, spinup_days: int, files: list[Path]) -
         for index in range(done, len(files)):
             offset = sst_offset if index * BLOCK_DAYS >= spinup_days else 0.0
             state, daily = advance(state, jnp.float32(offset))
-            fields = {name: np.asarray(field) for name, field in daily.items()}
+            fields: Any = {name: np.asarray(field) for name, field in daily.items()}
             if not all(np.isfinite(field).all() for field in fields.values()):
                 raise SimulationDiverged(f"SPEEDY: not finite after day {index * BLOCK_DAYS}; the days before are in {files[index].parent}")
-            leaves = {f"state{i:03d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+            saved: dict[str, Any] = {f"state{i:03d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
             partial = files[index].with_suffix(".tmp")
             with partial.open("wb") as out:
-                np.savez(out, **fields, **leaves)
+                np.savez(out, **fields, **saved)
                 out.flush()
                 os.fsync(out.fileno())
             partial.rename(files[index])
@@ -177,7 +177,7 @@ def _leading(files: list[Path]) -> Iterator[Path]:
 def _dataset(daily: dict[str, np.ndarray], statics: dict[str, np.ndarray], time: np.ndarray, sst_offset: float, seed: int) -> xr.Dataset:
     """A CF dataset on the T31 Gaussian grid."""
     latitude = np.rad2deg(np.arcsin(np.polynomial.legendre.leggauss(48)[0]))
-    data = {
+    data: dict[str, tuple] = {
         name: (
             ("time", "lat", "lon"),
             daily[name],

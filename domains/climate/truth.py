@@ -33,21 +33,27 @@ def shipped(branches: Sequence[str], variables: Sequence[str]) -> xr.Dataset:
     return _with_inputs(embedded.open_embedded(tuple(branches), tuple(variables)), sources.inputs(embedded.DATA, "Apache-2.0"))
 
 
-def simulated(folder: str, runs: Mapping[str, Mapping[str, Any]], variables: Sequence[str]) -> xr.Dataset:
+def simulated(
+    folder: str, runs: Mapping[str, Mapping[str, Any]], variables: Sequence[str], branches: Sequence[str] | None = None
+) -> xr.Dataset:
     """SPEEDY runs, simulated into `folder` where they are not there yet, one after the other along time.
 
     Args:
       runs: name -> arguments of `speedy.simulate` (days, sst_offset, seed); each run wants a seed of its own.
+      branches: which of the runs to simulate and open, and in which order; all by default.
 
     Raises:
-      BadInput: two runs share a seed. Preempted: asked to stop; the blocks made so far stay.
+      BadInput: two runs share a seed, or a branch is no run. Preempted: asked to stop; the blocks made so far stay.
     """
     seeds = [run.get("seed", 1) for run in runs.values()]
     if len(set(seeds)) < len(seeds):
         raise BadInput(f"simulated: expected a seed of its own for each run, got {', '.join(map(str, seeds))}")
+    branches = list(runs) if branches is None else branches
+    if unknown := [name for name in branches if name not in runs]:
+        raise BadInput(f"simulated: branch {unknown[0]}: expected one of the runs {', '.join(runs)}")
     parts, files = [], []
     with mesh.preemption() as asked:
-        for name, run in runs.items():
+        for name, run in ((branch, runs[branch]) for branch in branches):
             path = Path(folder) / f"{name}.nc"
             if not path.exists():
                 _simulate(path, name, run, asked)
@@ -55,10 +61,11 @@ def simulated(folder: str, runs: Mapping[str, Mapping[str, Any]], variables: Seq
             with xr.open_dataset(path) as whole:
                 statics = whole[["orog", "lsm"]].load()
                 offset = float(whole.attrs["sst_offset_K"])
-                stated = {"sst_offset": float(run.get("sst_offset", 0.0)), "days": int(run["days"])}
-                if offset != stated["sst_offset"] or whole.sizes["time"] != stated["days"]:
+                held, asked_for = (whole.sizes["time"], offset), (int(run["days"]), float(run.get("sst_offset", 0.0)))
+                if held != asked_for:
                     raise BadInput(
-                        f"{path}: holds {whole.sizes['time']} days at {offset:+g} K, but the config asks {stated}; move it away to run again"
+                        f"{path}: expected {asked_for[0]} days at {asked_for[1]:+g} K, it holds {held[0]} at {held[1]:+g} K;"
+                        " move it away to simulate again"
                     )
             length = part.sizes["time"]
             part = part.merge(statics)

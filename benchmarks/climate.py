@@ -1,0 +1,186 @@
+"""Measures the climate twin against its baselines and its targets: `make bench-climate`.
+
+Every task is trained and judged for each seed by the command a user would type, `twinsim evaluate domain=climate/TASK`, on a fixed
+split; what is there already is found again. Prints one table a task, writes `benchmarks/results/climate.json` and, between
+its marker lines, the results in README.md. Tasks whose data are absent are skipped, and said to be.
+
+  python benchmarks/climate.py [--archive FOLDER] [--tasks racmo,ncep] [--seeds 0,1,2] [--out out/bench]
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "climate.json"
+MODEL = "twinsim"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to reach: the mean over seeds lies in [low, high]. `beat` names a baseline whose score is the upper end."""
+
+    score: str
+    low: float = -np.inf
+    high: float = np.inf
+    beat: str = ""
+
+
+TASKS = {
+    "racmo": [
+        Target("tas: CRPS", high=0.165),
+        Target("tas: spread-skill ratio", 0.95, 1.05),
+        Target("tas: log-spectral distance", high=0.3),
+        Target("tas: coarse RMSE", high=0.01),
+        Target("pr: CRPS", high=0.37),
+        Target("pr: spread-skill ratio", 0.95, 1.05),
+        Target("pr: log-spectral distance", high=1.0),
+        Target("pr: coarse RMSE", high=0.01),
+        Target("pr: 99.9 % quantile ratio", 0.95, 1.05),
+        Target("pr: wet fraction ratio", 0.97, 1.03),
+    ],
+    "mrms": [
+        Target("rain_rate: CRPS", high=0.31),
+        Target("rain_rate: log-spectral distance", high=1.5),
+        Target("rain_rate: 99.9 % quantile ratio", 0.9, 1.1),
+    ],
+    "ncep": [
+        Target("psl: sliced Wasserstein", high=0.105),
+        Target("psl: 1 % quantile error / sd", beat="PCA-Gaussian"),
+        Target("psl: 99 % quantile error / sd", beat="PCA-Gaussian"),
+        Target("membership-inference AUC"),  # its interval has to contain 0.5
+    ],
+    "speedy": [
+        Target("geostrophic residual", high=0.25),
+        Target("correlation with the geostrophic wind", low=0.97),
+        Target("deviation of global mean pressure", high=0.1),
+        Target("rule kept: pr below 0 mm day-1", low=1.0),
+        Target("rule kept: hus850 below 0 1", low=1.0),
+    ],
+    "generate": [
+        Target("tas: change of the mean, ratio", 0.8, 1.2),
+        Target("hus850: change of the mean, ratio", 0.8, 1.2),
+        Target("pr: change of the mean, ratio", 0.8, 1.2),
+        Target("tas: pattern error of the change", beat="days of the season, shifted uniformly"),
+        Target("hus850: pattern error of the change", beat="days of the season, shifted uniformly"),
+        Target("pr: pattern error of the change", beat="days of the season, shifted uniformly"),
+    ],
+}
+SHIPPED = {"generate"}  # tasks whose data come with twinsim
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--archive", type=Path, default=ROOT.parent / "shared" / "data" / "climate", help="folder of the benchmark files")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    given = parser.parse_args()
+    tasks, seeds = given.tasks.split(","), [int(seed) for seed in given.seeds.split(",")]
+    if unknown := set(tasks) - set(TASKS):
+        parser.error(f"--tasks: expected some of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for task in tasks:
+        if task not in SHIPPED and not given.archive.is_dir():
+            print(f"{task}: skipped, there is no folder {given.archive}", flush=True)
+            continue
+        results[task] = run(task, seeds, given.archive, given.out)
+        print("\n".join(table(task, results[task])), flush=True)
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1))
+    if given.readme:
+        write_readme(results)
+    return 0
+
+
+def run(task: str, seeds: list[int], archive: Path, out: Path) -> dict:
+    """Scores of every generator by seed, and the CPU seconds of training."""
+    scores, cpu = [], []
+    for seed in seeds:
+        words = [f"domain=climate/{task}", f"seed={seed}", f"out={out}"] + ([] if task in SHIPPED else [f"archive={archive}"])
+        spent = _spent()
+        model = Path(_twinsim("train", words).rsplit("model: ", 1)[1].strip())
+        trained = _spent() - spent
+        kept = model / "training-cpu-s.json"
+        if trained > 60 or not kept.exists():  # else it was found trained
+            kept.write_text(json.dumps(trained))
+        cpu.append(json.loads(kept.read_text()))
+        folder = Path(_twinsim("evaluate", words).rsplit("evaluation: ", 1)[1].strip())
+        scores.append(json.loads((folder / "metrics.json").read_text())["scores"])
+    return {"seeds": seeds, "training_cpu_s": cpu, "scores": scores}
+
+
+def _spent() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _twinsim(verb: str, words: list[str]) -> str:
+    began = time.perf_counter()
+    print(f"twinsim {verb} {' '.join(words)}", file=sys.stderr, flush=True)
+    code = "import sys; from twinsim.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, verb, *words], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        sys.exit(f"twinsim {verb} {' '.join(words)} ended with {done.returncode} after {time.perf_counter() - began:.0f} s")
+    return done.stdout
+
+
+def mean(result: dict, who: str, score: str) -> tuple[float, float]:
+    """Mean over seeds, and their standard deviation."""
+    values = [one[who][score]["value"] for one in result["scores"] if score in one.get(who, {})]
+    return (float(np.mean(values)), float(np.std(values))) if values else (np.nan, np.nan)
+
+
+def judged(result: dict, target: Target) -> tuple[str, bool]:
+    """What was asked, in words, and whether the mean over seeds reaches it."""
+    value, _ = mean(result, MODEL, target.score)
+    if target.score == "membership-inference AUC":
+        spans = [one[MODEL][target.score] for one in result["scores"]]
+        return "interval contains 0.5", all(span["low"] <= 0.5 <= span["high"] for span in spans)
+    if target.beat:
+        bar, _ = mean(result, target.beat, target.score)
+        return f"< {bar:.4g} ({target.beat})", value < bar
+    low, high = target.low, target.high
+    words = f"{low:g} to {high:g}" if np.isfinite(low) and np.isfinite(high) else f"<= {high:g}" if np.isfinite(high) else f">= {low:g}"
+    return words, low <= value <= high
+
+
+def table(task: str, result: dict) -> list[str]:
+    """Markdown: the model's mean and spread over seeds, its best baseline, the target, and whether it is reached."""
+    lines = [
+        f"\n**{task}**, seeds {', '.join(map(str, result['seeds']))}, {np.mean(result['training_cpu_s']) / 60:.1f} CPU minutes of training",
+        "",
+        "| score | twinsim | best baseline | target | reached |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for target in TASKS[task]:
+        value, spread = mean(result, MODEL, target.score)
+        others = [who for who in result["scores"][0] if who != MODEL and target.score in result["scores"][0][who]]
+        ideal = result["scores"][0][MODEL][target.score]["ideal"]
+        best = min(others, key=lambda who: abs(mean(result, who, target.score)[0] - ideal), default="")
+        beside = f"{mean(result, best, target.score)[0]:.4g} ({best})" if best else "none"
+        words, reached = judged(result, target)
+        lines.append(f"| {target.score} | {value:.4g} ± {spread:.2g} | {beside} | {words} | {'yes' if reached else '**no**'} |")
+    return lines
+
+
+def write_readme(results: dict) -> None:
+    """Replaces what stands between the marker lines."""
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, _, rest = text.partition("<!-- results -->")
+    _, _, after = rest.partition("<!-- /results -->")
+    body = "\n".join(line for task, result in results.items() for line in table(task, result))
+    readme.write_text(f"{before}<!-- results -->\n{body}\n\n<!-- /results -->{after}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""What a trained generator and its baselines earn on held-out truth: judged, written to a folder and read back."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twinsim import files
+from twinsim.base import Domain, Question, Sample, Score, Scores, Statistics
+
+MODEL = "twinsim"  # the generator's name among its baselines
+DONE = "metrics.json"  # written last
+TOLERANCE = 1e-3  # up to which a broken rule counts as kept: rounding of float32 fields
+MEMORY = "membership-inference AUC"
+
+Drawn = tuple[Sample, Mapping[str, np.ndarray]]  # samples `[member, item, ...]` and broken rules `[member, item]`
+Draw = Callable[[Question, str, int, Callable[..., None]], Drawn]  # question, name of the draws, seed, progress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of the generator and its baselines, and a few samples to look at.
+
+    Attributes:
+      scores: `MODEL` first, then each baseline.
+      examples: the same names and "truth" -> samples `[member, item, ...]` (truth `[item, ...]`).
+    """
+
+    scores: Mapping[str, Scores]
+    examples: Mapping[str, Mapping[str, np.ndarray]]
+
+
+def judge(
+    domain: Domain,
+    statistics: Statistics,
+    draw: Draw,
+    members: int,
+    most: int | None,
+    seed: int,
+    progress: Callable[[str], Any],
+    stop: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Scores `members` draws of at most `most` held-out items, and as many of each baseline. `stop` may raise between two of them."""
+    question, truth = domain.exam(members, most)
+    with progress("draw held-out") as update:
+        samples, rules = draw(question, "test", seed, update)
+    generated = {name: np.asarray(values[...]) for name, values in samples.items()}
+    with progress("score"):
+        scores = {MODEL: domain.score(generated, truth, question.condition)}
+    examples = {MODEL: _few(generated), "truth": {name: np.asarray(values)[:8] for name, values in truth.items()}}
+    baselines = domain.baselines(statistics)
+    with progress("baselines") as update:
+        for index, (name, baseline) in enumerate(baselines.items()):
+            stop()
+            drawn = baseline(question.condition, members, seed)
+            scores[name] = domain.score(drawn, truth, question.condition)
+            examples[name] = _few(drawn)
+            update(index + 1, len(baselines), name)
+    stop()
+    with progress("memorisation") as update:
+        remembered = domain.membership(generated, truth, lambda further: draw(further, "train", seed + 1, update)[0])
+    of_the_model = {**scores[MODEL].table, **kept(rules)} | ({} if remembered is None else {MEMORY: remembered})
+    scores[MODEL] = dataclasses.replace(scores[MODEL], table=of_the_model)
+    return Evaluation(scores, examples)
+
+
+def kept(rules: Mapping[str, np.ndarray]) -> dict[str, Score]:
+    """The share of draws that keep each physical rule."""
+    return {f"rule kept: {name}": Score(float((broken <= TOLERANCE).mean()), 1.0) for name, broken in rules.items()}
+
+
+def _few(samples: Sample, members: int = 3, items: int = 8) -> dict[str, np.ndarray]:
+    return {name: np.asarray(values[:members, :items], np.float32) for name, values in samples.items()}
+
+
+# ---------------------------------------------------------------- on disk
+
+
+def write(folder: Path, evaluation: Evaluation, facts: Mapping[str, Any]) -> None:
+    """`curves.npz`, `examples.npz` and, last, `metrics.json`: JSON with null where a number is not finite."""
+    scores = {name: {key: _finite(score) for key, score in each.table.items()} for name, each in evaluation.scores.items()}
+    curves = {f"{name}|{key}": value for name, each in evaluation.scores.items() for key, value in each.curves.items()}
+    examples = {f"{name}|{key}": value for name, each in evaluation.examples.items() for key, value in each.items()}
+    for name, arrays in (("curves", curves), ("examples", examples)):
+        np.savez(folder / f"{name}.npz", **{key: np.asarray(value) for key, value in arrays.items()})
+    files.write_text(folder / DONE, json.dumps({**facts, "scores": scores}, indent=1, allow_nan=False))
+
+
+def read(folder: Path) -> Evaluation:
+    """What `write` left."""
+    scores = json.loads((folder / DONE).read_text())["scores"]
+    curves, examples = (_arrays(folder / f"{name}.npz") for name in ("curves", "examples"))
+    table = {name: {key: _score(score) for key, score in each.items()} for name, each in scores.items()}
+    return Evaluation({name: Scores(table[name], curves.get(name, {})) for name in table}, examples)
+
+
+def _arrays(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for name in arrays.files:
+            owner, _, key = name.partition("|")
+            found.setdefault(owner, {})[key] = arrays[name]
+    return found
+
+
+def _finite(score: Score) -> dict[str, Any]:
+    numbers = dataclasses.asdict(score)
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in numbers.items()}
+
+
+def _score(stored: Mapping[str, Any]) -> Score:
+    return Score(**{key: math.nan if value is None else value for key, value in stored.items()})

@@ -1,0 +1,103 @@
+"""Files and folders that appear whole or not at all, made by one process at a time, and the Zarr stores among them."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import xarray as xr
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+from twinsim.base import BadInput
+from twinsim.data import publish
+
+CHUNK_ITEMS = 64  # along the item axis
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes its name when the block ends well; one that was broken off is gone on with."""
+    unfinished = folder.with_name(folder.name + ".partial")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    yield unfinished
+    shutil.rmtree(folder, ignore_errors=True)
+    publish(unfinished, folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small file, written whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+@contextmanager
+def alone(folder: Path, tell: Callable[[str], None] = lambda sentence: None) -> Iterator[None]:
+    """Lets one process at a time make `folder`: jobs of a sweep share data and models. The lock ends with its process."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        # ENOLCK and the like: a file system without locks is worked on without them
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tell(f"another process makes {folder}; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def write_zarr(dataset: xr.Dataset, path: Path) -> None:
+    """A Zarr v3 store whose chunks carry a CRC32C, so that a flipped bit is an error and not a value."""
+    encoding = {
+        name: {
+            "chunks": tuple(
+                1 if dim == "member" else min(size, CHUNK_ITEMS) if dim == dataset[name].dims[1] else size
+                for dim, size in dataset[name].sizes.items()
+            ),
+            "serializer": BytesCodec(),
+            "compressors": [ZstdCodec(level=3), Crc32cCodec()],
+        }
+        for name in dataset.data_vars
+    }
+    dataset.to_zarr(path, mode="w", zarr_format=3, encoding=encoding, consolidated=False)
+
+
+def check_room(place: Path, disk: int, memory: int, what: str) -> None:
+    """Refuses before it begins what the disk or the memory cannot hold; sizes in bytes. Raises BadInput."""
+    place = place.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if disk > free:
+        raise BadInput(f"{what} needs about {_size(disk)} in {place}, {_size(free)} are free")
+    available = memory_available()
+    if available is not None and memory > available:
+        raise BadInput(f"{what} needs about {_size(memory)} of memory, {_size(available)} are available")
+
+
+def memory_available() -> int | None:
+    """Bytes that this machine can still give without swapping; None where it does not say."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def unusable(error: BaseException) -> bool:
+    """Whether an error comes from the disk or its permissions, which a user can mend."""
+    mended = (
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+        *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO, errno.EMFILE, errno.ELOOP),
+    )
+    text = str(error)
+    codes = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    return (isinstance(error, OSError) and error.errno in mended) or any(code in text for code in codes)
