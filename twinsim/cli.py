@@ -234,12 +234,20 @@ def _explained(error: Exception, overrides: list[str]) -> Exception:
         known = _paths(OmegaConf.to_container(compose("twinsim"), resolve=False))
         return BadInput(f"config: no value is called {name}{_near(name, known)}")
     if found := re.search(r"Could not find '([^']+)'", first):
-        choices = [line.strip() for line in str(error).splitlines()[2:] if line.strip() and ":" not in line]
-        text = "; there are " + ", ".join(choices) if choices else ""
-        return BadInput(f"config: no {found[1]}{_near(found[1].rpartition('/')[2], choices)}{text}")
+        group, _, wanted = found[1].partition("/")
+        choices = _choices(group)
+        return BadInput(f"config: no {group} is called {wanted}{_near(wanted, choices)}; there are {', '.join(choices) or 'none'}")
     if found := re.search(r"Could not override '([^']+)'.*No match in the defaults list", " ".join(str(error).split())):
         return BadInput(f"config: no group is called {found[1]}")
     return BadInput(f"config: {first}{'' if cause in first else '; ' + cause}")
+
+
+def _choices(group: str) -> list[str]:
+    """The names in a group of the configuration, such as "climate/generate" in "domain"."""
+    import importlib.resources
+
+    with importlib.resources.as_file(importlib.resources.files("conf")) as root:
+        return sorted(path.relative_to(root / group).with_suffix("").as_posix() for path in (root / group).rglob("*.yaml"))
 
 
 def _paths(node: Any, prefix: str = "") -> list[str]:
@@ -257,8 +265,8 @@ def _sweep(verb: str, overrides: list[str]) -> int:
     """
     import hydra
 
-    for job in _jobs(overrides):  # a wrong name is answered before the first job begins
-        _compose(job)
+    for each in _jobs(overrides):  # a wrong name is answered before the first job begins
+        _compose(each)
     codes: list[int] = []
 
     def job(config: Any) -> int:
@@ -270,7 +278,7 @@ def _sweep(verb: str, overrides: list[str]) -> int:
         return outcome.code
 
     before = sys.argv
-    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.output_subdir=null", "hydra.sweep.dir=${out}/sweeps"]
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.sweep.dir=${out}/sweeps"]
     sys.argv = ["twinsim", "-m", *overrides, *quiet]
     try:
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name="twinsim")(job)()

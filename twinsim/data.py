@@ -251,7 +251,8 @@ class ExampleStore:
             try:
                 parts[name] = future.result()
             except ValueError as error:
-                raise BadInput(f"examples in {self.folder}: {self._culprit(name, rows)} is damaged: {_reason(error)}") from error
+                what = f"{self._culprit(name, rows)} is damaged: {_reason(error)}"
+                raise BadInput(f"examples in {self.folder}: {what}; remove the folder to have it written again") from error
             if len(bad := _not_finite(parts[name])):
                 raise BadInput(f"examples in {self.folder}: {name} of example {rows[bad[0]]} is missing")
         return Example(**parts)

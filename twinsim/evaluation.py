@@ -87,7 +87,8 @@ def write(folder: Path, evaluation: Evaluation, facts: Mapping[str, Any]) -> Non
     curves = {f"{name}|{key}": value for name, each in evaluation.scores.items() for key, value in each.curves.items()}
     examples = {f"{name}|{key}": value for name, each in evaluation.examples.items() for key, value in each.items()}
     for name, arrays in (("curves", curves), ("examples", examples)):
-        np.savez(folder / f"{name}.npz", **{key: np.asarray(value) for key, value in arrays.items()})
+        stored: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
+        np.savez(folder / f"{name}.npz", **stored)
     files.write_text(folder / DONE, json.dumps({**facts, "scores": scores}, indent=1, allow_nan=False))
 
 
@@ -114,4 +115,5 @@ def _finite(score: Score) -> dict[str, Any]:
 
 
 def _score(stored: Mapping[str, Any]) -> Score:
-    return Score(**{key: math.nan if value is None else value for key, value in stored.items()})
+    numbers: dict[str, Any] = {key: math.nan if value is None else value for key, value in stored.items()}
+    return Score(**numbers)

@@ -69,18 +69,18 @@ def make_sampler(
         def decode(target: Target) -> Sample:
             return domain.decode(statistics, target, condition)
 
-        def attempt(number: Array) -> Sample:
+        def attempt(number: jax.Array) -> Sample:
             constraints = constrain(decode, condition) if constrain else ()
             return decode(model.sample(fields, scalars, jax.random.fold_in(key, number), constraints))
 
         sample = attempt(jnp.asarray(0))
         if misses is not None and attempts > 1:
 
-            def again(carry: tuple[Array, Sample]) -> tuple[Array, Sample]:
+            def again(carry: tuple[jax.Array, Sample]) -> tuple[jax.Array, Sample]:
                 number, _ = carry
                 return number + 1, attempt(number)
 
-            def unmet(carry: tuple[Array, Sample]) -> Array:
+            def unmet(carry: tuple[jax.Array, Sample]) -> Array:
                 number, latest = carry
                 return (number < attempts) & (misses(latest, condition) > 0)
 
@@ -197,17 +197,16 @@ def stream(
         os.truncate(journal, whole)  # a line that a kill tore
     store.mkdir(parents=True, exist_ok=True)
     group = zarr.open_group(store / "arrays", mode="a")
-    for kind in ("sample", "rule"):
-        group.require_group(kind)
+    kinds = {kind: group.require_group(kind) for kind in ("sample", "rule")}
     every = list(blocks(members, items, batch))
     for index, block in enumerate(every):
         if block.name not in done:
             stop()
-            samples, broken = draw(block)
-            for kind, values in (("sample", samples), ("rule", broken)):
+            for kind, values in zip(kinds, draw(block), strict=True):
                 for name, array in values.items():
                     chunk = (every[0].members.stop, every[0].items.stop, *array.shape[2:])
-                    stored = _array(group, f"{kind}/{name}", (members, items, *array.shape[2:]), chunk, array.dtype)
+                    leaf = name.encode().hex() if kind == "rule" else name  # a rule's name is a sentence, not a file name
+                    stored = _array(kinds[kind], leaf, (members, items, *array.shape[2:]), chunk, array.dtype)
                     stored[block.members.start : block.members.stop, block.items.start : block.items.stop] = array
                     _flush(store / "arrays" / stored.path, stored.chunks, block)
             with journal.open("a") as lines:
@@ -218,17 +217,15 @@ def stream(
                 os.fsync(lines.fileno())
             done.add(block.name)
         progress(sum(len(b.members) * len(b.items) for b in every[: index + 1]), members * items)
-    samples = {name: group[f"sample/{name}"] for name in group["sample"].array_keys()}
-    rules = {bytes.fromhex(name).decode(): group[f"rule/{name}"][...] for name in group["rule"].array_keys()}
+    samples: dict[str, Any] = dict(sorted(kinds["sample"].arrays()))
+    rules = {bytes.fromhex(name).decode(): np.asarray(array[...]) for name, array in sorted(kinds["rule"].arrays())}
     return samples, rules
 
 
 def _array(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any) -> zarr.Array:
-    kind, _, leaf = name.partition("/")
-    path = f"{kind}/{leaf.encode().hex()}" if kind == "rule" else name  # a rule's name is a sentence, not a file name
-    if path in group:
-        return group[path]
-    return group.create_array(path, shape=shape, chunks=chunks, dtype=dtype, serializer=BytesCodec(), compressors=[Crc32cCodec()])
+    if isinstance(found := group.get(name), zarr.Array):
+        return found
+    return group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, serializer=BytesCodec(), compressors=[Crc32cCodec()])
 
 
 def _flush(folder: Path, chunks: tuple[int, ...], block: Block) -> None:

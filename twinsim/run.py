@@ -1,4 +1,6 @@
-"""The verbs: a configuration becomes objects, objects become files. The only module of the engine that sees Hydra's config.
+"""The verbs: a configuration becomes objects, objects become files.
+
+This is the only module of the engine that sees Hydra's config.
 
   data -> train -> evaluate      in out/data and out/models, named by the hash of what decides their content
   generate -> report -> record   in out/runs, one folder a scenario, which appears when it is whole
@@ -26,6 +28,7 @@ import xarray as xr
 import yaml
 from flax import nnx
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from twinsim import checkpoint, evaluation, files, generate, mesh, record, report, scenario, train
 from twinsim.base import BadInput, Domain, Example, Question, Sample, Section, Statistics
@@ -67,12 +70,21 @@ def places(config: Config) -> Places:
     generator = {key: value for key, value in config["generator"].items() if key != "sampler"}
     training = {key: value for key, value in config["train"].items() if key in ("steps", "batch", "ema", "max_grad_norm", "seed")}
     name = str(config["domain"]["name"]).replace("/", "-")
-    model_hash = config_hash([domain, generator, config["optimizer"], training, config["seed"]])
-    test_hash = config_hash(
-        [model_hash, config["generator"].get("sampler"), config["domain"].get("judge"), config["evaluate"], draws_of(config)]
-    )
+    model_hash = _hash([domain, generator, config["optimizer"], training, config["seed"]])
+    test_hash = _hash([model_hash, config["generator"].get("sampler"), config["domain"].get("judge"), config["evaluate"], draws_of(config)])
     model = out / "models" / f"{name}-{model_hash}"
-    return Places(out / "data" / f"{name}-{config_hash(domain)}", model, model / f"evaluation-{test_hash}")
+    return Places(out / "data" / f"{name}-{_hash(domain)}", model, model / f"evaluation-{test_hash}")
+
+
+def _hash(value: Any) -> str:
+    """The name of a configuration, in which the order of its keys counts: that of the variables is that of the channels."""
+
+    def ordered(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return [[key, ordered(inner)] for key, inner in value.items()]
+        return [ordered(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return config_hash(ordered(value))
 
 
 def draws_of(config: Config) -> dict[str, Any]:
@@ -85,12 +97,23 @@ def draws_of(config: Config) -> dict[str, Any]:
 
 def resolve(config: DictConfig) -> dict[str, Any]:
     """The configuration as plain values. Raises BadInput where something is missing."""
-    missing = OmegaConf.missing_keys(config)
-    if missing:
-        raise BadInput(f"config: {', '.join(sorted(missing))}: expected a value, got none; give it as {sorted(missing)[0]}=VALUE")
-    plain = OmegaConf.to_container(config, resolve=True)
+    if missing := sorted(_missing(OmegaConf.to_container(config, resolve=False), "")):
+        raise BadInput(f"config: {', '.join(missing)}: expected a value, got none; give it as {missing[0]}=VALUE")
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise BadInput(f"config: {str(error).splitlines()[0]}") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _missing(node: Any, place: str) -> Iterator[str]:
+    """Names of the values that are still to be given."""
+    if node == "???":
+        yield place
+    elif isinstance(node, Mapping | list):
+        for key, inner in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from _missing(inner, f"{place}.{key}" if place else str(key))
 
 
 def check(config: Config) -> None:
@@ -258,7 +281,7 @@ def training(config: Config, progress: Progress, domain: Domain | None = None) -
     module = build(config["generator"], spec=prepared.store.spec, rngs=nnx.Rngs(config["seed"]))
     with files.alone(where.model, tell):
         where.model.mkdir(parents=True, exist_ok=True)
-        files.write_text(where.model / "config.yaml", yaml.safe_dump(dict(config), sort_keys=True))
+        files.write_text(where.model / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         with progress("train") as update:
             state = train.fit(
                 module, prepared.store, _optimizer(config), settings, where.model, devices, config["seed"], update, report=tell
@@ -358,7 +381,7 @@ def read_scenario(config: Config) -> Asked:
     where = places(config)
     content = {name: _digest(file)[0] for name, file in beside.items()}
     parts = [where.model.name, where.evaluation.name, asked.model_dump(mode="json"), draws_of(config), content]
-    return Asked(path, asked, beside, config_hash(parts))
+    return Asked(path, asked, beside, _hash(parts))
 
 
 def deliver(config: Config, progress: Progress) -> Path:
@@ -404,7 +427,7 @@ def _answer(
         if "netcdf" in wanted.formats:
             dataset.to_netcdf(folder / "samples.nc")
         _keep_question(asked, folder / QUESTION)
-        files.write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=True))
+        files.write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         where = places(config)
         shutil.copytree(where.evaluation, folder / "evaluation", ignore=shutil.ignore_patterns(DONE), dirs_exist_ok=True)
         shutil.copyfile(where.evaluation / DONE, folder / DONE)

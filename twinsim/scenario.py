@@ -85,7 +85,7 @@ def names(within: Path | None = None) -> list[str]:
 
 def find(name: str | Path, within: Path | None = None) -> Path:
     """The file of a scenario that is named ("climate/heatwave") or given by its path. Raises BadInput."""
-    path = Path(name)
+    given, path = str(name), Path(name)
     if path.is_absolute() or path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
@@ -98,7 +98,7 @@ def find(name: str | Path, within: Path | None = None) -> Path:
     known = names(within)
     if str(name) in known:
         return within / f"{name}.yaml"
-    raise BadInput(f"scenario {_show(str(name))}: not found, {_nearest(str(name), known, by_last_part=True)}")
+    raise BadInput(f"scenario {_show(given)}: not found, {_nearest(str(name), known, by_last_part=True)}")
 
 
 def inside(folder: Path, path: str | Path) -> Path:

@@ -126,6 +126,8 @@ class Climate:
       splits: split -> selections; each selection maps a coordinate to a value, or to an inclusive [first, last].
       season: condition on the day of the year.
       forcing: name of a coordinate along time to condition on, such as "sst_offset"; the mean responds linearly to it.
+      learn_forcing: give the forcing to the network as well, clipped to the range it was seen in, so that it may learn what mean and
+        spread do not carry; wants many years at each of several values.
       statics: fields in the dataset that do not change (orography, land), given to a network on cells.
       components: how the residual is represented; None = cell by cell.
       folds: contiguous pieces of the training split for out-of-fold means.
@@ -137,6 +139,7 @@ class Climate:
     splits: Mapping[str, Sequence[Mapping[str, Any]]]
     season: bool = True
     forcing: str | None = None
+    learn_forcing: bool = False
     background: Background | None = None
     statics: Sequence[str] = ()
     components: Components | None = None
@@ -361,7 +364,7 @@ class Climate:
 
     def _fit_scalars(self, condition: Condition) -> Statistics:
         """The range in which a scalar was seen: outside it the network is asked for the nearest it knows, the mean goes on."""
-        if not self.forcing:
+        if not (self.forcing and self.learn_forcing):
             return {}
         values = np.asarray(condition[self.forcing])
         span = max(float(values.max() - values.min()), SPREAD_FLOOR)
@@ -441,7 +444,7 @@ class Climate:
         return factor
 
     def spec(self, statistics: Statistics) -> Spec:
-        scalars = 2 * self.season + (1 if self.forcing else 0)
+        scalars = 2 * self.season + (1 if self.forcing and self.learn_forcing else 0)
         if self.components:
             return Spec((1,), len(statistics["components"]["scale"]), 0, scalars, (False,))
         fields = 2 * len(self.quantities) * bool(self.background) + len(self.statics)
@@ -483,7 +486,7 @@ class Climate:
         if self.season:
             phase = 2 * jnp.pi * condition["day_of_year"] / means.YEAR
             scalars += [jnp.sqrt(2.0) * jnp.cos(phase), jnp.sqrt(2.0) * jnp.sin(phase)]
-        if self.forcing:
+        if self.forcing and self.learn_forcing:
             seen = statistics["scalars"][self.forcing]
             middle = (seen["low"] + seen["high"]) / 2
             scalars.append(2 * (jnp.clip(condition[self.forcing], seen["low"], seen["high"]) - middle) / seen["span"])

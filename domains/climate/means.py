@@ -155,7 +155,7 @@ def from_scores(stat: Statistics, scores: Array) -> Array:
     node = xp.clip(xp.floor(place), 0, len(stat["quantiles"]) - 2).astype(xp.int32)
     below = xp.take_along_axis(stat["quantiles"], node[None], axis=0)[0]
     above = xp.take_along_axis(stat["quantiles"], node[None] + 1, axis=0)[0]
-    return below + (above - below) * xp.maximum(place - node, 0.0)
+    return below + (above - below) * xp.maximum(place - node.astype(place.dtype), 0.0)
 
 
 def fit_relative_response(values: np.ndarray, days: np.ndarray, extra: np.ndarray, weights: np.ndarray) -> Statistics:

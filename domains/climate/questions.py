@@ -264,7 +264,7 @@ def _notes(domain: "Climate", scenario: ClimateScenario) -> list[str]:
         if not values.min() <= scenario.sst_offset <= values.max():
             notes.append(
                 f"A warming of {scenario.sst_offset:+g} K lies outside the training data ({values.min():+g} to {values.max():+g} K): "
-                "the mean response is extrapolated linearly, the variability is that of the nearest warming seen."
+                "the mean response and the growth of the spread are extrapolated."
             )
     if scenario.observe:
         notes.append("An observation counts as kept when the drawn value lies within three standard errors of it.")
