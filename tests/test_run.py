@@ -275,9 +275,9 @@ KILLED = """
 @pytest.mark.parametrize(
     ("target", "trace"),
     [
-        ("train.checkpoint, 'save', 3", "out/models/*/checkpoints/2"),  # before the second checkpoint of two
+        ("train.checkpoint, '_complete', 3", "out/models/*/checkpoints/2"),  # after the statistics and the first of two checkpoints
         ("generate, 'compute', 2", "out/models/*/*.partial"),
-        ("generate, 'compute', 7", "out/runs/*.partial"),
+        ("generate, 'compute', 10", "out/runs/*.partial"),
     ],
 )
 def test_killed_it_goes_on_to_the_same_bytes(made, tmp_path, target, trace):

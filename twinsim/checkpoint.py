@@ -35,7 +35,7 @@ SPARE = 1.05  # disk space asked for before a save, in sizes of the state
 Report = Callable[[str], None]
 Tree = Any
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every step of its work
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of every step of its work, and of errors that it hands on
 
 
 class _Damaged(Exception):
