@@ -180,6 +180,7 @@ def train(model: Diffusion, examples: Example, steps: int):
     return nnx.merge(graph, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", ["edm", "flow"])
 def test_learns_which_half_of_a_mixture_a_scalar_names(process):
     # Two Gaussians at +-(1, -0.6), standard deviation 0.3; the scalar says which.

@@ -88,6 +88,7 @@ def test_unet_commutes_with_a_shift_along_periodic_axes_only():
     assert jnp.abs(call(net, wrong(x), level, wrong(fields), scalars) - wrong(out)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_positions_break_the_shift_symmetry():
     spec = Spec((16,), 1, 0, 0, (True,))
     net = trained(UNet, spec, widths=(8,), embedding=16, positions=4)
@@ -134,6 +135,7 @@ def test_dropout_keeps_the_expectation_and_is_off_without_a_key():
     assert drop(x, 0.25, None) is x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_options_change_cost_not_result(name):
     spec = Spec((4, 4), 1, 0, 1, (False, False))

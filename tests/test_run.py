@@ -176,6 +176,7 @@ def test_netcdf_on_request_and_overrides_of_the_scenario(made, begun):
         np.testing.assert_array_equal(data["tas"].values[:, 0], whole["tas"].values[:2, 0])
 
 
+@pytest.mark.slow
 def test_reproduce_finds_every_value_the_same_and_a_changed_one(made, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "write", lambda path, *_, **__: path.write_text(""))  # pictures are compared by no one
     folder = folder_of(made)
@@ -224,7 +225,7 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("stage", [stage if stage == "generate" else pytest.param(stage, marks=pytest.mark.slow) for stage in STOPS])
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in STOPS])
 def test_asked_to_stop_it_leaves_with_75_and_goes_on_to_the_same_result(made, begun, stage, monkeypatch, capsys):
     absent, patch = STOPS[stage]
     for path in begun.glob(absent):
