@@ -128,6 +128,8 @@ class Climate:
       forcing: name of a coordinate along time to condition on, such as "sst_offset"; the mean responds linearly to it.
       learn_forcing: give the forcing to the network as well, clipped to the range it was seen in, so that it may learn what mean and
         spread do not carry; wants many years at each of several values.
+      seasonal_spread: divide the residual by the annual cycle of its spread in each cell; sharpens the tails of one variable, and
+        weakens laws between cells and variables (geostrophic balance), which hold for the residual as it is.
       statics: fields in the dataset that do not change (orography, land), given to a network on cells.
       components: how the residual is represented; None = cell by cell.
       folds: contiguous pieces of the training split for out-of-fold means.
@@ -140,6 +142,7 @@ class Climate:
     season: bool = True
     forcing: str | None = None
     learn_forcing: bool = False
+    seasonal_spread: bool = False
     background: Background | None = None
     statics: Sequence[str] = ()
     components: Components | None = None
@@ -159,6 +162,8 @@ class Climate:
             raise BadInput(
                 f"forcing {self.forcing}: expected a coordinate along {self.item}, got {', '.join(map(str, self.dataset.coords))}"
             )
+        if self.seasonal_spread and not self.season:
+            raise BadInput(f"{self.name}: seasonal_spread needs season: true")
         if self.background:
             ny, nx = self.shape
             if ny % self.background.factor or nx % self.background.factor:
@@ -422,7 +427,7 @@ class Climate:
 
     def _fit_spreads(self, statistics: dict[str, Any], residual: dict[str, np.ndarray], condition: Condition) -> dict[str, np.ndarray]:
         """Fits how the residual's spread changes with season and forcing; returns residuals `[n, y, x]` freed of both."""
-        if self.season:
+        if self.seasonal_spread:
             days = np.asarray(condition["day_of_year"])
             statistics["season_spread"] = {name: means.fit_season_spread(v, days) for name, v in residual.items()}
             residual = {name: v / np.asarray(self._spread(statistics, name, condition)) for name, v in residual.items()}
