@@ -26,8 +26,9 @@ def sections(domain: "Climate", asked: Any, question: Question, dataset: xr.Data
 def summary(domain: "Climate", question: Question, dataset: xr.Dataset) -> str:
     """The answer in a sentence: how the area mean of each variable differs from the training climatology."""
     parts = []
+    climatology = _climatology(domain, question, dataset)
     for name, quantity in domain.quantities.items():
-        change, low, high = _change(domain, name, question, dataset)
+        change, low, high = _change(domain, name, climatology[name], dataset)
         parts.append(f"{quantity.long_name} {change:+.3g} {quantity.units} ({low:+.3g} to {high:+.3g} among members)")
     return f"Area mean against the training climate of the same days: {'; '.join(parts)}."
 
@@ -58,8 +59,9 @@ def _asked(domain: "Climate", asked: Any, question: Question) -> Section:
 def _answer(domain: "Climate", asked: Any, question: Question, dataset: xr.Dataset) -> Section:
     table = [["Area mean", "Answer", "Training climate", "Change", "Among members"]]
     pictures = {}
+    climatology = _climatology(domain, question, dataset)
     for index, (name, quantity) in enumerate(domain.quantities.items()):
-        change, low, high = _change(domain, name, question, dataset)
+        change, low, high = _change(domain, name, climatology[name], dataset)
         mean = float((dataset[name].mean(["member", domain.item]).values * domain.weights).mean())
         table.append(
             [
@@ -71,7 +73,7 @@ def _answer(domain: "Climate", asked: Any, question: Question, dataset: xr.Datas
             ]
         )
         if index < SHOWN:
-            base = _climatology(domain, question, dataset)[name]
+            base = climatology[name]
             state = dataset[name].mean(["member", domain.item]).values
             spread = dataset[name].std(["member", domain.item]).values
             fields = {
@@ -118,9 +120,8 @@ def _climatology(domain: "Climate", question: Question, dataset: xr.Dataset) -> 
     }
 
 
-def _change(domain: "Climate", name: str, question: Question, dataset: xr.Dataset) -> tuple[float, float, float]:
+def _change(domain: "Climate", name: str, base: np.ndarray, dataset: xr.Dataset) -> tuple[float, float, float]:
     """Change of the area mean, and the lowest and highest among members' means."""
-    base = _climatology(domain, question, dataset)[name]
     area = domain.weights / domain.weights.sum()
     of_members = ((dataset[name].mean(domain.item).values - base) * area).sum((1, 2))
     return float(of_members.mean()), float(of_members.min()), float(of_members.max())
