@@ -1,4 +1,4 @@
-"""From named physical arrays to one normalised array and back: variable transforms, stacked channels, principal components.
+"""From named physical arrays to one normalised array and back: transforms, stacked channels, principal components, sequences.
 
 Each function is written for one sample, takes its fitted statistics as an argument and works on numpy and JAX arrays alike.
 """
@@ -6,6 +6,7 @@ Each function is written for one sample, takes its fitted statistics as an argum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -103,3 +104,59 @@ def _units(components: Mapping[str, Any]) -> Array:
     """What a feature of one stands for in each cell and channel, `[*grid, channel]`."""
     weights, scale = components["weights"], components["channel_scale"]
     return jnp.broadcast_to(scale, (*weights.shape, *scale.shape)) / jnp.sqrt(weights)[..., None]
+
+
+# ---------------------------------------------------------------- sequences
+
+LONGEST_MEMORY = 0.99  # of a singular value of the propagator: at 1 a state would never be forgotten
+
+
+def fit_memory(before: np.ndarray, after: np.ndarray, coupled: int, penalty: float = 0.01) -> dict[str, np.ndarray]:
+    """How standardised components lead from one step to the next: x' = A x + L e, where x, x' and e have unit covariance.
+
+    The `coupled` leading components may lead to one another (a linear inverse model; Penland & Sardeshmukh 1995, J. Climate 8,
+    1999-2024), so that what travels keeps travelling; each of the others leads to itself alone. L L' = 1 - A A', which makes the
+    distribution of a single step the same at every step.
+
+    Args:
+      before, after: components of consecutive steps, `[pair, component]`.
+      penalty: of the ridge regression of the coupled ones, relative to the number of pairs.
+
+    Returns:
+      `propagator [coupled, coupled]`, `kick [coupled, coupled]` lower triangular, `own [component - coupled]`.
+    """
+    coupled = min(coupled, before.shape[1])
+    x, y = before[:, :coupled].astype(np.float64), after[:, :coupled].astype(np.float64)
+    least_squares = np.linalg.solve(x.T @ x + penalty * len(x) * np.eye(coupled), x.T @ y).T
+    left, strength, right = np.linalg.svd(least_squares)
+    strength = np.minimum(strength, LONGEST_MEMORY)
+    kick = np.linalg.cholesky(np.eye(coupled) - (left * strength**2) @ left.T)
+    rest = before[:, coupled:].astype(np.float64), after[:, coupled:].astype(np.float64)
+    own = np.clip((rest[0] * rest[1]).sum(0) / ((rest[0] ** 2).sum(0) + 1e-12), -LONGEST_MEMORY, LONGEST_MEMORY)
+    fitted = {"propagator": (left * strength) @ right, "kick": kick, "own": own}
+    return {name: values.astype(np.float32) for name, values in fitted.items()}
+
+
+def to_innovations(memory: Mapping[str, Any], states: Array) -> Array:
+    """A sequence `[step, component]` -> its first state and then what is new at each step, all of unit variance, on the host."""
+    coupled = len(memory["propagator"])
+    before, after = states[:-1], states[1:]
+    surprise = after[:, :coupled] - before[:, :coupled] @ memory["propagator"].T
+    leading = np.linalg.solve(memory["kick"].astype(np.float64), np.asarray(surprise, np.float64).T).T
+    others = (after[:, coupled:] - before[:, coupled:] * memory["own"]) / np.sqrt(1 - memory["own"] ** 2)
+    return np.concatenate([states[:1], np.concatenate([leading.astype(np.float32), others], 1)])
+
+
+def from_innovations(memory: Mapping[str, Any], target: Array) -> Array:
+    """The inverse of `to_innovations`, `[step, component]`; can be traced."""
+    coupled = memory["propagator"].shape[0]
+    spread = jnp.sqrt(1 - jnp.square(memory["own"]))
+
+    def step(state: Array, new: Array) -> tuple[Array, Array]:
+        leading = memory["propagator"] @ state[:coupled] + memory["kick"] @ new[:coupled]
+        state = jnp.concatenate([leading, memory["own"] * state[coupled:] + spread * new[coupled:]])
+        return state, state
+
+    first = jnp.asarray(target[0])
+    _, later = jax.lax.scan(step, first, jnp.asarray(target[1:]))
+    return jnp.concatenate([first[None], later])

@@ -6,14 +6,14 @@ Each is fitted by its constructor from training samples `{name: [n, y, x]}` and 
 ones repeat their one answer. What is drawn for one item is drawn for all its variables at once, so that they fit together.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import numpy as np
 
 from domains.climate import means
 from domains.climate.grid import coarsen, conserve_block_mean, refine
-from twinsim.base import BadInput, Condition, Sample
+from twinsim.base import BadInput, Baseline, Condition, Sample
 from twinsim.metrics import radial_spectrum
 
 YEAR = 365.25  # days
@@ -63,6 +63,10 @@ class ClimatologyBootstrap:
     """Training days of the same season, drawn at random; with a `response`, days of the control run shifted by it.
 
     The control run is the part of the training samples whose forcing is nearest to zero.
+
+    Args:
+      in_a_row: items that belong together and are drawn as that many training days in a row.
+      starts: rows of the training samples from which so many follow one another; all rows by default.
     """
 
     def __init__(
@@ -74,15 +78,19 @@ class ClimatologyBootstrap:
         non_negative: Collection[str] = (),
         forcing: str | None = None,
         response: Response = "none",
+        in_a_row: int = 1,
+        starts: np.ndarray | None = None,
     ) -> None:
         self.warming = Warming(sample, condition, weights, forcing, response)
         kept = np.arange(_count(sample))
+        starts = kept if starts is None else starts
         if self.warming.forcing:
             size = np.abs(np.asarray(condition[self.warming.forcing]))
             kept = np.flatnonzero(size <= size.min() + 1e-6)
         self.condition = {name: np.asarray(values)[kept] for name, values in condition.items() if np.ndim(values) == 1}
         self.sample = {name: _float32(values)[kept] for name, values in sample.items()}
         self.non_negative = frozenset(non_negative)
+        self.in_a_row, self.starts = in_a_row, np.searchsorted(kept, starts[np.isin(starts, kept)])
 
     def __call__(self, condition: Condition, members: int, seed: int) -> Sample:
         n = _items(condition)
@@ -99,16 +107,28 @@ class ClimatologyBootstrap:
 
     def _days(self, condition: Condition, n: int, members: int, random: np.random.Generator) -> np.ndarray:
         """Rows of training days, `[member, n]`, without repeats among the members of an item where there are enough."""
-        count = _count(self.sample)
         pick = np.empty((members, n), int)
-        for i in range(n):
-            near = np.arange(count)
+        for i in range(0, n, self.in_a_row):
+            near = self.starts
             if "day_of_year" in condition:
-                gap = np.abs(self.condition["day_of_year"] - np.asarray(condition["day_of_year"])[i])
-                season = np.flatnonzero(np.minimum(gap, YEAR - gap) <= SEASON)
+                gap = np.abs(self.condition["day_of_year"][near] - np.asarray(condition["day_of_year"])[i])
+                season = near[np.minimum(gap, YEAR - gap) <= SEASON]
                 near = season if len(season) else near
-            pick[:, i] = random.choice(near, members, replace=len(near) < members)
+            first = random.choice(near, members, replace=len(near) < members)
+            pick[:, i : i + self.in_a_row] = first[:, None] + np.arange(self.in_a_row)
         return pick
+
+
+class InARow:
+    """A generator of single days, asked for samples of `window` days in a row."""
+
+    def __init__(self, of_days: Baseline, window: int, daily: Callable[[Condition], Condition]) -> None:
+        self.of_days, self.window, self.daily = of_days, window, daily
+
+    def __call__(self, condition: Condition, members: int, seed: int) -> Sample:
+        single = {name: np.asarray(values).ravel() for name, values in self.daily(condition).items()}
+        drawn = self.of_days(single, members, seed)
+        return {name: v.reshape(members, -1, self.window, *v.shape[2:]) for name, v in drawn.items()}
 
 
 class PCAGaussian:

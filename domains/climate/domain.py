@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from numpy.lib.stride_tricks import sliding_window_view
 
 from domains.climate import baselines, figures, grid, means, physics, questions, scores
 from domains.climate.sources import day_of_year
@@ -111,9 +112,15 @@ class Components:
 
     Their distribution starts as a unit Gaussian, which is what a diffusion model with a silent network draws: training
     starts at the joint PCA-Gaussian and learns what is not Gaussian, seasonal or linear.
+
+    Attributes:
+      count: components kept.
+      coupled: leading components that may lead to one another from day to day, where a sample is several days; each of the others
+        leads to itself alone.
     """
 
     count: int = 300
+    coupled: int = 300
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +139,7 @@ class Climate:
         weakens laws between cells and variables (geostrophic balance), which hold for the residual as it is.
       statics: fields in the dataset that do not change (orography, land), given to a network on cells.
       components: how the residual is represented; None = cell by cell.
+      window: days in a row that make one sample, which is then `[day, y, x]`; more than one wants components and no background.
       folds: contiguous pieces of the training split for out-of-fold means.
     """
 
@@ -146,6 +154,7 @@ class Climate:
     background: Background | None = None
     statics: Sequence[str] = ()
     components: Components | None = None
+    window: int = 1
     folds: int = 5
     judge: scores.Judge = field(default_factory=scores.Judge)
 
@@ -164,13 +173,15 @@ class Climate:
             )
         if self.seasonal_spread and not self.season:
             raise BadInput(f"{self.name}: seasonal_spread needs season: true")
+        if self.window < 1 or (self.window > 1 and (self.background or not self.components or self.item != "time")):
+            raise BadInput(f"{self.name}: window: {self.window} days in a row want components, a time axis and no background")
         if self.background:
-            ny, nx = self.shape
+            ny, nx = self.grid
             if ny % self.background.factor or nx % self.background.factor:
                 raise BadInput(f"background: factor {self.background.factor} does not divide the grid of {ny} x {nx} cells")
         for split in SPLITS:
-            if split != "validation" and not len(self.rows(split)):
-                raise BadInput(f"split {split}: selects nothing from the data; {self._extent()}")
+            if split != "validation" and not len(self.starts(split)):
+                raise BadInput(f"split {split}: selects nothing from the data{self._in_a_row()}; {self._extent()}")
 
     # ------------------------------------------------------------ the grid and the truth
 
@@ -185,8 +196,13 @@ class Climate:
         return str(self.dataset[next(iter(self.quantities))].dims[0])
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def grid(self) -> tuple[int, int]:
+        """Cells along y and x."""
         return self.dataset.sizes[self.dims[0]], self.dataset.sizes[self.dims[1]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.grid if self.window == 1 else (self.window, *self.grid)
 
     @property
     def periodic(self) -> tuple[bool, bool]:
@@ -203,12 +219,13 @@ class Climate:
         y = self.dims[0]
         units = str(self.dataset[y].attrs.get("units", "")) if y in self.dataset.coords else ""
         if units.startswith("degree") and "rotated" not in str(self.dataset[y].attrs.get("long_name", "")) and y.startswith("lat"):
-            return np.broadcast_to(grid.area_weights(self.dataset[y].values)[:, None], self.shape).astype(np.float32)
-        return np.ones(self.shape, np.float32)
+            return np.broadcast_to(grid.area_weights(self.dataset[y].values)[:, None], self.grid).astype(np.float32)
+        return np.ones(self.grid, np.float32)
 
     @property
     def sample(self) -> Mapping[str, Variable]:
-        return {name: quantity.variable(self.dims) for name, quantity in self.quantities.items()}
+        dims = self.dims if self.window == 1 else ("day", *self.dims)
+        return {name: quantity.variable(dims) for name, quantity in self.quantities.items()}
 
     @property
     def condition(self) -> Mapping[str, Variable]:
@@ -234,6 +251,24 @@ class Climate:
             chosen |= np.all([self._matches(name, wanted) for name, wanted in selection.items()], axis=0)
         return np.flatnonzero(chosen)
 
+    def starts(self, split: str) -> np.ndarray:
+        """Position of the first day of every sample of a split; samples of several days overlap."""
+        rows = self.rows(split)
+        if self.window == 1:
+            return rows
+        inside = np.isin(np.arange(self.dataset.sizes["time"]), rows)
+        if len(inside) < self.window:
+            return rows[:0]
+        next_day = np.diff(self.dataset["time"].values).astype("timedelta64[D]") == np.timedelta64(1, "D")
+        if "branch" in self.dataset.coords:
+            next_day &= self.dataset["branch"].values[1:] == self.dataset["branch"].values[:-1]
+        in_a_row = sliding_window_view(inside, self.window).all(1) & sliding_window_view(next_day, self.window - 1).all(1)
+        return np.flatnonzero(in_a_row)
+
+    def days(self, starts: np.ndarray) -> np.ndarray:
+        """Positions of all days of the samples that begin at `starts` `[n]`: `[n * window]`, in order."""
+        return (starts[:, None] + np.arange(self.window)).ravel()
+
     def _matches(self, coordinate: str, wanted: Any) -> np.ndarray:
         if coordinate not in self.dataset.coords:
             raise BadInput(f"split: no coordinate {coordinate}; there are {', '.join(map(str, self.dataset.coords))}")
@@ -250,6 +285,9 @@ class Climate:
             return (text >= str(first)) & (text <= str(last))
         return ((values >= first) & (values <= last)).values
 
+    def _in_a_row(self) -> str:
+        return f", {self.window} days in a row," if self.window > 1 else ""
+
     def _extent(self) -> str:
         axis = self.dataset[self.item] if self.item in self.dataset.coords else np.arange(self.dataset.sizes[self.item])
         return f"it goes from {np.asarray(axis)[0]} to {np.asarray(axis)[-1]}" if np.size(axis) else "it is empty"
@@ -264,14 +302,18 @@ class Climate:
         return {name: means.fit_harmonics(np.asarray(values), days, forcing) for name, values in self.truth(rows).items()}
 
     def source(self, split: str) -> "Truth":
-        return Truth(self, self.rows(split))
+        return Truth(self, self.starts(split))
 
     def truth(self, rows: np.ndarray) -> Sample:
-        """Samples `[n, y, x]` in float32."""
+        """Single days `[n, y, x]` in float32."""
         return {name: self.dataset[name].values[rows].astype(np.float32) for name in self.quantities}
 
+    def samples(self, starts: np.ndarray) -> Sample:
+        """Samples `[n, *shape]` that begin at `starts`."""
+        return {name: values.reshape(len(starts), *self.shape) for name, values in self.truth(self.days(starts)).items()}
+
     def conditions(self, rows: np.ndarray, sample: Sample | None = None) -> Condition:
-        """Conditions `[n, ...]` of recorded samples; the background is the block mean of the truth."""
+        """Conditions `[n, ...]` of recorded days, or of the samples that begin there; the background is the block mean of the truth."""
         named: dict[str, Array] = {}
         if self.season:
             named["day_of_year"] = (means.YEAR * day_of_year(self.dataset["time"][rows])).astype(np.float32)
@@ -281,6 +323,19 @@ class Climate:
             sample = self.truth(rows) if sample is None else sample
             named |= {f"coarse_{name}": grid.coarsen(np.asarray(values), self.background.factor) for name, values in sample.items()}
         return named
+
+    def daily(self, condition: Condition) -> Condition:
+        """Conditions `[...]` of samples as those of each of their days, `[..., day]`."""
+        named = {name: jnp.repeat(jnp.asarray(v)[..., None], self.window, axis=-1) for name, v in condition.items()}
+        if "day_of_year" in named:
+            named["day_of_year"] = (named["day_of_year"] + jnp.arange(self.window)) % means.YEAR
+        return named
+
+    def as_days(self, samples: Sample) -> Sample:
+        """Samples `[..., n, *shape]` as single days `[..., n * window, y, x]`."""
+        if self.window == 1:
+            return samples
+        return {name: np.asarray(v).reshape(*v.shape[: v.ndim - 4], -1, *self.grid) for name, v in samples.items()}
 
     # ------------------------------------------------------------ statistics
 
@@ -314,10 +369,20 @@ class Climate:
         if self.components:
             stacked = np.stack([residual[name] for name in self.quantities], axis=-1)
             statistics["components"] = codec.fit_components(stacked, self.weights, self.components.count)
+            if self.window > 1:
+                statistics["memory"] = self._fit_memory(statistics["components"], stacked, rows)
         if self.statics:
             fixed = np.stack([self.dataset[name].values for name in self.statics], axis=-1).astype(np.float32)
             statistics["statics"] = (fixed - fixed.mean((0, 1))) / (fixed.std((0, 1)) + np.float32(SPREAD_FLOOR))
         return statistics
+
+    def _fit_memory(self, components: Statistics, residual: np.ndarray, rows: np.ndarray) -> Statistics:
+        """How the components of one day lead to those of the next, from residuals `[n, y, x, channel]` of the days `rows`."""
+        assert self.components
+        states = np.asarray(jax.vmap(codec.project, in_axes=(None, 0))(components, residual))[..., 0]
+        first = np.searchsorted(rows, self.starts("train"))
+        pairs = np.unique((first[:, None] + np.arange(self.window - 1)).ravel())
+        return codec.fit_memory(states[pairs], states[pairs + 1], self.components.coupled)
 
     def _fit_scores(self, truth: Sample, condition: Condition) -> dict[str, Statistics]:
         """Normal-score tables of the variables that want one, with the response of their means taken out."""
@@ -451,9 +516,9 @@ class Climate:
     def spec(self, statistics: Statistics) -> Spec:
         scalars = 2 * self.season + (1 if self.forcing and self.learn_forcing else 0)
         if self.components:
-            return Spec((1,), len(statistics["components"]["scale"]), 0, scalars, (False,))
+            return Spec((self.window,), len(statistics["components"]["scale"]), 0, scalars, (False,))
         fields = 2 * len(self.quantities) * bool(self.background) + len(self.statics)
-        return Spec(self.shape, len(self.quantities), fields, scalars, self.periodic)
+        return Spec(self.grid, len(self.quantities), fields, scalars, self.periodic)
 
     def examples(self, statistics: Statistics, split: str = "train", block: int = 256) -> Iterator[Example]:
         """Examples of a split in blocks `[n, ...]`; those of "train" with means predicted out of fold."""
@@ -467,10 +532,25 @@ class Climate:
             fitted = self._fit_regression({name: transformed[name] - raw[name] for name in raw}, condition)
             expected |= {name: raw[name] + out_of_fold for name, (_, out_of_fold) in fitted.items()}
         encode = jax.jit(jax.vmap(self._example, in_axes=(None, 0, 0, 0)))
-        for first in range(0, len(rows), block):
-            part = slice(first, first + block)
-            parts = ({name: v[part] for name, v in values.items()} for values in (transformed, expected, condition))
-            yield jax.tree.map(np.asarray, encode(statistics, *parts))
+
+        def of_days() -> Iterator[Example]:
+            for first in range(0, len(rows), block):
+                part = slice(first, first + block)
+                parts = ({name: v[part] for name, v in values.items()} for values in (transformed, expected, condition))
+                yield jax.tree.map(np.asarray, encode(statistics, *parts))
+
+        if self.window == 1:
+            return of_days()
+        return self._in_windows(statistics, jax.tree.map(lambda *parts: np.concatenate(parts), *of_days()), rows, split, block)
+
+    def _in_windows(self, statistics: Statistics, daily: Example, rows: np.ndarray, split: str, block: int) -> Iterator[Example]:
+        """Examples of single days `[n, ...]` as examples of several days: the first, and what is new on each that follows."""
+        first = np.searchsorted(rows, self.starts(split))
+        for begin in range(0, len(first), block):
+            chosen = first[begin : begin + block]
+            states = daily.target[:, 0][chosen[:, None] + np.arange(self.window)]
+            target = np.stack([codec.to_innovations(statistics["memory"], each) for each in states])
+            yield Example(target, np.zeros((len(chosen), self.window, 0), np.float32), daily.scalars[chosen])
 
     def _example(self, statistics: Statistics, transformed: Sample, expected: Sample, condition: Condition) -> Example:
         spread = {name: self._spread(statistics, name, condition) for name in self.quantities}
@@ -496,18 +576,25 @@ class Climate:
             middle = (seen["low"] + seen["high"]) / 2
             scalars.append(2 * (jnp.clip(condition[self.forcing], seen["low"], seen["high"]) - middle) / seen["span"])
         if self.components:
-            return jnp.zeros((1, 0)), jnp.stack(scalars) if scalars else jnp.zeros(0)
+            return jnp.zeros((self.window, 0)), jnp.stack(scalars) if scalars else jnp.zeros(0)
         fields = []
         if self.background:
             for name in self.quantities:
                 mean, scale = statistics["field_mean"][name], statistics["field_scale"][name]
                 fields += [(expected[name] - mean) / scale, (self._interpolate(statistics, name, condition) - mean) / scale]
-        stacked = jnp.stack(fields, axis=-1) if fields else jnp.zeros((*self.shape, 0))
+        stacked = jnp.stack(fields, axis=-1) if fields else jnp.zeros((*self.grid, 0))
         if self.statics:
             stacked = jnp.concatenate([stacked, statistics["statics"]], axis=-1)
         return stacked, jnp.stack(scalars) if scalars else jnp.zeros(0)
 
     def decode(self, statistics: Statistics, target: Target, condition: Condition) -> Sample:
+        if self.window == 1:
+            return self._decode_day(statistics, target, condition)
+        states = codec.from_innovations(statistics["memory"], target)
+        each_day = jax.vmap(lambda state, day: self._decode_day(statistics, state[None], day))
+        return each_day(states, self.daily(condition))
+
+    def _decode_day(self, statistics: Statistics, target: Target, condition: Condition) -> Sample:
         names = list(self.quantities)
         if self.components:
             residual = codec.unstack(codec.expand(statistics["components"], target.T), names)
@@ -530,12 +617,20 @@ class Climate:
     def ask(self, scenario: questions.ClimateScenario, folder: Path) -> Question:
         return questions.ask(self, scenario, folder)
 
+    def _apart(self, starts: np.ndarray) -> np.ndarray:
+        """The first of `starts`, and each that does not overlap the one chosen before it."""
+        chosen: list[int] = []
+        for start in starts:
+            if not chosen or start >= chosen[-1] + self.window:
+                chosen.append(start)
+        return np.array(chosen, starts.dtype)
+
     def exam(self, members: int, most: int | None = None) -> tuple[Question, Sample]:
         """The held-out test as a question, with its true answer `[n, y, x]`; at most `most` evenly spaced items."""
-        rows = self.rows("test")
+        rows = self._apart(self.starts("test"))
         if most and len(rows) > most:
             rows = rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]
-        truth = self.truth(rows)
+        truth = self.samples(rows)
         question = Question(
             condition=self.conditions(rows, truth),
             members=members,
@@ -566,12 +661,7 @@ class Climate:
         condition = self.conditions(rows, truth)
         non_negative = [name for name, quantity in self.quantities.items() if quantity.lower >= 0 and quantity.wet]
         if self.background is None:
-            given: dict[str, Any] = {"weights": self.weights, "forcing": self.forcing, "response": "uniform" if self.forcing else "none"}
-            shifted = ", shifted uniformly" if self.forcing else ""
-            return {
-                f"days of the season{shifted}": baselines.ClimatologyBootstrap(truth, condition, non_negative=non_negative, **given),
-                f"PCA-Gaussian{shifted}": baselines.PCAGaussian(truth, condition, **given),
-            }
+            return self._unconditional_baselines(truth, condition, non_negative)
         factor, periodic = self.background.factor, self.periodic
         bicubic = baselines.Interpolation(factor, 3, non_negative=non_negative, periodic=periodic)
         if not self.background.climatology:
@@ -584,7 +674,32 @@ class Climate:
             "quantile mapping": baselines.QuantileMapping(truth, factor, **given),
             "analogues": baselines.Analogues(truth, factor, non_negative=non_negative),
             "ridge and analogue errors": baselines.RidgeAnalogue(truth, factor, neighbourhood=local, **given),
+            "the same, block means kept": baselines.RidgeAnalogue(truth, factor, neighbourhood=local, conserve=True, **given),
         }
+
+    def _unconditional_baselines(self, truth: Sample, condition: Condition, non_negative: list[str]) -> Mapping[str, Baseline]:
+        """Recorded days of the season and a joint Gaussian; with a forcing, shifted by one number a variable, or by a pattern."""
+        first = np.searchsorted(self.rows("train"), self.starts("train"))
+        season = {1: "days of the season", 7: "weeks of the season"}.get(self.window, f"{self.window} days of the season")
+
+        def recorded(response: baselines.Response) -> Baseline:
+            return baselines.ClimatologyBootstrap(
+                truth, condition, weights=self.weights, non_negative=non_negative, forcing=self.forcing, response=response,
+                in_a_row=self.window, starts=first,
+            )  # fmt: skip
+
+        def gaussian(response: baselines.Response) -> Baseline:
+            return baselines.PCAGaussian(truth, condition, weights=self.weights, forcing=self.forcing, response=response)
+
+        if self.forcing:
+            named = {
+                f"{season}, shifted uniformly": recorded("uniform"),
+                f"{season}, shifted by a pattern": recorded("pattern"),
+                "PCA-Gaussian, shifted uniformly": gaussian("uniform"),
+            }
+        else:
+            named = {season: recorded("none"), "PCA-Gaussian": gaussian("none")}
+        return {name: baselines.InARow(each, self.window, self.daily) if self.window > 1 else each for name, each in named.items()}
 
     def membership(self, generated: Sample, truth: Sample, ask: Callable[[Question], Sample]) -> Score | None:
         """Whether samples betray the training data; where samples depend on a background, training days are drawn as well.
@@ -593,6 +708,7 @@ class Climate:
         """
         if self.forcing:
             return None
+        generated, truth = self.as_days(generated), self.as_days(truth)
         held_out = len(next(iter(truth.values())))
         rows = self.rows("train")
         members = len(next(iter(generated.values())))
@@ -616,6 +732,8 @@ class Climate:
         """Generated samples `[member, item, y, x]` as a CF dataset that says it is synthetic."""
         keep = [name for name in self.dataset.coords if set(self.dataset[name].dims) <= set(self.dims)]
         data = {}
+        samples = self.as_days(samples)
+        coords = {**question.coords, self.item: (self.item, self.dates(question))}
         for name, variable in self.sample.items():
             attrs = {"units": variable.units, "long_name": f"synthetic {variable.long_name}", "cell_methods": variable.cell_methods}
             attrs |= {"standard_name": variable.standard_name} if variable.standard_name else {}
@@ -623,10 +741,17 @@ class Climate:
         axes = {name: (self.dataset[name].dims, self.dataset[name].values, self.dataset[name].attrs) for name in keep}
         members = next(iter(samples.values())).shape[0]
         realization = ("member", np.arange(members), {"standard_name": "realization", "long_name": "member", "units": "1"})
-        made = xr.Dataset(data, {**axes, **question.coords, "member": realization})
+        made = xr.Dataset(data, {**axes, **coords, "member": realization})
         if self.item == "time":
             made["time"].attrs |= {"standard_name": "time", "axis": "T"}
         return made
+
+    def dates(self, question: Question) -> np.ndarray:
+        """The axis of the answer: a date a day, or the number of a patch."""
+        starts = np.asarray(question.coords[self.item][1])
+        if self.window == 1:
+            return starts
+        return (starts[:, None] + np.arange(self.window) * np.timedelta64(1, "D")).ravel()
 
     def inputs(self) -> Sequence[Mapping[str, Any]]:
         """The files the truth came from: name, place, licence, sha256, size."""
@@ -666,7 +791,7 @@ class Truth:
 
     def __getitem__(self, rows: slice | np.ndarray) -> tuple[Sample, Condition]:
         chosen = self.positions[rows]
-        sample = self.domain.truth(chosen)
+        sample = self.domain.samples(chosen)
         return sample, self.domain.conditions(chosen, sample)
 
 

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import xarray as xr
 
-from domains.climate import scores
+from domains.climate import questions, scores
 from twinsim.base import Question, Sample, Section
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MAPS = {"K": "inferno", "mm day-1": "YlGnBu", "mm h-1": "YlGnBu", "1": "YlGnBu"}  # colour maps by unit, readable by all
 SHOWN = 3  # variables in maps, at most
+MARGIN = 25.0  # degrees of latitude shown around a box, and 1.5 times as many of longitude
 
 
 def sections(domain: "Climate", asked: Any, question: Question, dataset: xr.Dataset, evaluation: Any, **_: Any) -> Sequence[Section]:
@@ -24,18 +25,38 @@ def sections(domain: "Climate", asked: Any, question: Question, dataset: xr.Data
 
 
 def summary(domain: "Climate", question: Question, dataset: xr.Dataset) -> str:
-    """The answer in a sentence: how the area mean of each variable differs from the training climatology."""
-    parts = []
+    """The answer in a sentence: what is imposed and the leading variables, against the training climatology."""
     climatology = _climatology(domain, question, dataset)
-    for name, quantity in domain.quantities.items():
-        change, low, high = _change(domain, name, climatology[name], dataset)
-        parts.append(f"{quantity.long_name} {change:+.3g} {quantity.units} ({low:+.3g} to {high:+.3g} among members)")
-    return f"Area mean against the training climate of the same days: {'; '.join(parts)}."
+    parts = []
+    for impose in _imposed(question):
+        change, low, high = _change(
+            domain, impose.variable, climatology[impose.variable], dataset, questions.box_weights(domain, impose.box)
+        )
+        quantity = domain.quantities[impose.variable]
+        parts.append(f"in the box {quantity.long_name} {change:+.3g} {_units(quantity.units)} ({low:+.3g} to {high:+.3g} among members)")
+    for name in _shown(domain, question):
+        quantity = domain.quantities[name]
+        change, low, high = _change(domain, name, climatology[name], dataset, domain.weights)
+        parts.append(f"area mean of {quantity.long_name} {change:+.3g} {_units(quantity.units)} ({low:+.3g} to {high:+.3g})")
+    return f"Against the training climate{'' if domain.background else ' of the same days'}: {'; '.join(parts)}."
+
+
+def _imposed(question: Question) -> Sequence[questions.Impose]:
+    return question.imposed if isinstance(question, questions.ClimateQuestion) else ()
+
+
+def _shown(domain: "Climate", question: Question) -> Sequence[str]:
+    """The variables to look at: what is imposed first, then in the order of the configuration."""
+    return list(dict.fromkeys([*(impose.variable for impose in _imposed(question)), *domain.quantities]))[:SHOWN]
+
+
+def _units(units: str) -> str:
+    return "" if units == "1" else units
 
 
 def _asked(domain: "Climate", asked: Any, question: Question) -> Section:
-    item = dataset_item = domain.item
-    axis = np.asarray(question.coords[dataset_item][1])
+    item = domain.item
+    axis = domain.dates(question)
     rows = [["What", "Value"], ["Twin", domain.name], ["Members", str(question.members)], [f"{item} steps of each", str(len(axis))]]
     if item == "time":
         rows.append(["From, to", f"{str(axis[0])[:10]}, {str(axis[-1])[:10]}"])
@@ -46,7 +67,7 @@ def _asked(domain: "Climate", asked: Any, question: Question) -> Section:
         side = "above" if impose.above_quantile else "below"
         where = f"lat {impose.box.lat[0]:g} to {impose.box.lat[1]:g}, lon {impose.box.lon[0]:g} to {impose.box.lon[1]:g}"
         rows.append(
-            ["Imposed", f"mean of {impose.variable} over {where} {side} the {level:.0%} quantile of the training days of the season"]
+            ["Imposed", f"mean of {impose.variable} over {where} {side} the {level:.0%} quantile of the season's training {_items(domain)}"]
         )
     if asked.observe:
         rows.append(["Observations", "; ".join(f"{o.variable} = {o.value:g} at {o.lat:g}, {o.lon:g}" for o in asked.observe[:5])])
@@ -56,12 +77,18 @@ def _asked(domain: "Climate", asked: Any, question: Question) -> Section:
     )
 
 
+def _items(domain: "Climate") -> str:
+    return "days" if domain.window == 1 else f"means of {domain.window} days"
+
+
 def _answer(domain: "Climate", asked: Any, question: Question, dataset: xr.Dataset) -> Section:
     table = [["Area mean", "Answer", "Training climate", "Change", "Among members"]]
     pictures = {}
     climatology = _climatology(domain, question, dataset)
-    for index, (name, quantity) in enumerate(domain.quantities.items()):
-        change, low, high = _change(domain, name, climatology[name], dataset)
+    shown = _shown(domain, question)
+    for name in [*shown, *(name for name in domain.quantities if name not in shown)]:
+        quantity = domain.quantities[name]
+        change, low, high = _change(domain, name, climatology[name], dataset, domain.weights)
         mean = float((dataset[name].mean(["member", domain.item]).values * domain.weights).mean())
         table.append(
             [
@@ -72,7 +99,7 @@ def _answer(domain: "Climate", asked: Any, question: Question, dataset: xr.Datas
                 f"{low:+.3g} to {high:+.3g}",
             ]
         )
-        if index < SHOWN:
+        if name in shown:
             base = climatology[name]
             state = dataset[name].mean(["member", domain.item]).values
             spread = dataset[name].std(["member", domain.item]).values
@@ -88,6 +115,8 @@ def _answer(domain: "Climate", asked: Any, question: Question, dataset: xr.Datas
                 f"from {(state - base).min():+.3g} to {(state - base).max():+.3g} among cells."
             )
             pictures[caption] = maps(domain, fields, quantity.units)
+        if name in shown and domain.window > 1:
+            pictures |= _film(domain, name, question, dataset)
     text = ["The change is that of the mean over all days and members; the range is that of members' own means."]
     return Section("The answer", [*text, *question.notes], {"Area means against the training climate of the same days": table}, pictures)
 
@@ -97,11 +126,12 @@ def _look(domain: "Climate", evaluation: Any) -> Section:
     pictures = {}
     drawn = {name: sample for name, sample in evaluation.examples.items() if name != "truth"}
     for name, quantity in list(domain.quantities.items())[:SHOWN]:
-        fields: dict[str, tuple[np.ndarray, str]] = {"truth": (evaluation.examples["truth"][name][0], "")}
+        fields: dict[str, tuple[np.ndarray, str]] = {"truth": (domain.as_days(evaluation.examples["truth"])[name][0], "")}
         for who, sample in drawn.items():
-            fields[who] = (sample[name][0, 0], "")
+            days = domain.as_days(sample)[name]
+            fields[who] = (days[0, 0], "")
             if who == next(iter(drawn)):
-                fields[f"{who}, another member"] = (sample[name][1, 0], "")
+                fields[f"{who}, another member"] = (days[1, 0], "")
         caption = f"{quantity.long_name.capitalize()}, one held-out sample: the truth, two members of the model, and one of each baseline."
         pictures[caption] = maps(domain, fields, quantity.units)
     text = ["Without a background, members of one day need not look like that day's truth: they share its season, not its weather."]
@@ -113,24 +143,67 @@ def _climatology(domain: "Climate", question: Question, dataset: xr.Dataset) -> 
     if domain.background:
         rows = domain.rows("train")
         return {name: np.asarray(values).mean(0) for name, values in domain.truth(rows).items()}
-    plain: Sample = {name: v for name, v in question.condition.items() if name == "day_of_year"}
+    daily = domain.daily(question.condition)
+    plain: Sample = {name: np.asarray(v).ravel() for name, v in daily.items() if name == "day_of_year"}
     count = dataset.sizes[domain.item]
     return {
         name: values[:count].mean(0) for name, values in scores.training_climatology(domain, plain or {"item": np.zeros(count)}).items()
     }
 
 
-def _change(domain: "Climate", name: str, base: np.ndarray, dataset: xr.Dataset) -> tuple[float, float, float]:
-    """Change of the area mean, and the lowest and highest among members' means."""
-    area = domain.weights / domain.weights.sum()
+def _film(domain: "Climate", name: str, question: Question, dataset: xr.Dataset) -> dict[str, bytes]:
+    """The first days in a row of one member as departures from the season, around what is imposed: caption -> picture."""
+    daily = {key: np.asarray(v).ravel()[: domain.window] for key, v in domain.daily(question.condition).items() if key == "day_of_year"}
+    usual = scores.training_climatology(domain, daily or {"item": np.zeros(domain.window)})[name]
+    boxes = [impose.box for impose in _imposed(question)]
+    around = _around(domain, boxes[0]) if boxes else None
+    days = zip(domain.dates(question), dataset[name].values[0], usual, strict=False)
+    fields = {str(day)[:10]: (field - mean, "difference") for day, field, mean in days}
+    quantity = domain.quantities[name]
+    where = ", around the box that is imposed on" if boxes else ""
+    caption = f"{quantity.long_name.capitalize()}, {domain.window} days in a row of one member, less the season's mean{where}."
+    return {caption: maps(domain, fields, quantity.units, around)}
+
+
+def _around(domain: "Climate", box: questions.Box) -> tuple[np.ndarray, np.ndarray] | None:
+    """Rows and columns around a box of a regular grid, columns in the order from west to east; None on another grid."""
+    y, x = domain.dims
+    if not domain.periodic[1]:
+        return None
+    latitude, longitude = domain.dataset[y].values, domain.dataset[x].values
+    rows = np.flatnonzero((latitude >= box.lat[0] - MARGIN) & (latitude <= box.lat[1] + MARGIN))
+    width = (box.lon[1] - box.lon[0]) % 360
+    east = (longitude - box.lon[0] + 1.5 * MARGIN) % 360
+    columns = np.argsort(east, kind="stable")[: int((east <= min(width + 3 * MARGIN, 360)).sum())]
+    return rows, columns
+
+
+def _change(domain: "Climate", name: str, base: np.ndarray, dataset: xr.Dataset, weights: np.ndarray) -> tuple[float, float, float]:
+    """Change of the weighted area mean, and the lowest and highest among members' means."""
+    area = weights / weights.sum()
     of_members = ((dataset[name].mean(domain.item).values - base) * area).sum((1, 2))
     return float(of_members.mean()), float(of_members.min()), float(of_members.max())
 
 
-def maps(domain: "Climate", fields: Mapping[str, tuple[np.ndarray, str]], units: str) -> bytes:
-    """A PNG of fields `[y, x]` side by side; those of the same kind ("", "difference", "spread") share their scale."""
+def maps(
+    domain: "Climate", fields: Mapping[str, tuple[np.ndarray, str]], units: str, part: tuple[np.ndarray, np.ndarray] | None = None
+) -> bytes:
+    """A PNG of fields `[y, x]` side by side; those of the same kind ("", "difference", "spread") share their scale.
+
+    Args:
+      part: rows and columns to show; all by default.
+    """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    x, y = _axes(domain)
+    land = domain.dataset["lsm"].values if "lsm" in domain.dataset else None
+    if part:
+        at = np.ix_(*part)
+        fields = {label: (values[at], kind) for label, (values, kind) in fields.items()}
+        land = land[at] if land is not None else None
+        x, y = x[part[1]].astype(float), y[part[0]]
+        x = np.where(x < x[0], x, x - 360) if (np.diff(x) < 0).any() else x  # degrees east rise across Greenwich
 
     kinds = {kind: [values for values, k in fields.values() if k == kind] for kind in {k for _, k in fields.values()}}
     scale = {}
@@ -140,19 +213,18 @@ def maps(domain: "Climate", fields: Mapping[str, tuple[np.ndarray, str]], units:
             high = max(abs(low), abs(high), 1e-12)
             low = -high
         scale[kind] = (low, high if high > low else low + 1e-12)
-    columns = 2 if domain.shape[1] >= 1.5 * domain.shape[0] else min(4, len(fields))
+    aspect = len(y) / len(x)
+    columns = 2 if aspect <= 1 / 1.5 and len(fields) < 6 else min(4, len(fields))
     rows = -(-len(fields) // columns)
-    aspect = domain.shape[0] / domain.shape[1]
     width = 9.0 / columns
     figure, axes = plt.subplots(rows, columns, figsize=(9.0, rows * (width * aspect + 0.55)), squeeze=False, layout="constrained")
-    x, y = _axes(domain)
     for axis in axes.flat[len(fields) :]:
         axis.set_visible(False)
     for axis, (label, (values, kind)) in zip(axes.flat, fields.items(), strict=False):
         colours = "RdBu_r" if kind == "difference" else "viridis" if kind == "spread" else MAPS.get(units, "cividis")
         drawn = axis.pcolormesh(x, y, values, cmap=colours, vmin=scale[kind][0], vmax=scale[kind][1], rasterized=True)
-        if "lsm" in domain.dataset:
-            axis.contour(x, y, domain.dataset["lsm"].values, [0.5], colors="0.35", linewidths=0.6)
+        if land is not None:
+            axis.contour(x, y, land, [0.5], colors="0.35", linewidths=0.6)
         axis.set_title(label, fontsize=9, loc="left")
         axis.tick_params(labelsize=7, length=2)
         bar = figure.colorbar(drawn, ax=axis, shrink=0.85, pad=0.01)
@@ -168,4 +240,4 @@ def _axes(domain: "Climate") -> tuple[np.ndarray, np.ndarray]:
     """Coordinates of the grid for drawing: its own axes where they have values, else counts."""
     y, x = domain.dims
     take = lambda name, size: domain.dataset[name].values if name in domain.dataset.coords else np.arange(size)  # noqa: E731
-    return take(x, domain.shape[1]), take(y, domain.shape[0])
+    return take(x, domain.grid[1]), take(y, domain.grid[0])

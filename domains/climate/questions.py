@@ -1,6 +1,7 @@
 """Climate scenarios: the schema of a scenario file, and how a question becomes conditions and constraints."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,13 @@ class ClimateScenario(Scenario):
         return [self.background.file] if self.background and self.background.file else []
 
 
+@dataclass(frozen=True)
+class ClimateQuestion(Question):
+    """A question that remembers what it imposes, and so where an answer is to be looked at."""
+
+    imposed: Sequence[Impose] = ()
+
+
 def ask(domain: "Climate", scenario: ClimateScenario, folder: Path) -> Question:
     """A checked scenario as conditions `[day, ...]` and constraints. Raises BadInput."""
     if domain.background:
@@ -114,8 +122,9 @@ def ask(domain: "Climate", scenario: ClimateScenario, folder: Path) -> Question:
     for index, (_, _, threshold) in enumerate(imposed):
         condition[f"threshold{index}"] = threshold
     observed = [_observed(domain, each) for each in scenario.observe]
-    constrain, misses = _constraints(imposed, observed)
-    return Question(condition, scenario.members, coords, scenario.title, constrain, misses, _notes(domain, scenario))
+    constrain, misses = _constraints(domain, imposed, observed)
+    notes = _notes(domain, scenario)
+    return ClimateQuestion(condition, scenario.members, coords, scenario.title, constrain, misses, notes, tuple(scenario.impose))
 
 
 def _from_period(domain: "Climate", scenario: ClimateScenario) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -128,7 +137,15 @@ def _from_period(domain: "Climate", scenario: ClimateScenario) -> tuple[dict[str
     count = int((last - first) / np.timedelta64(1, "D")) // scenario.period.every + 1
     if last < first or count > MOST_DAYS:
         raise BadInput(f"scenario {scenario.title!r}: period: expected 1 to {MOST_DAYS} days, got {first} to {last}")
-    time = (first + np.arange(count) * np.timedelta64(scenario.period.every, "D")).astype("datetime64[ns]")
+    step = scenario.period.every
+    if domain.window > 1:
+        if step != 1 or count % domain.window:
+            raise BadInput(
+                f"scenario {scenario.title!r}: period: {domain.name} draws {domain.window} days in a row, so expected a multiple of"
+                f" {domain.window} days, with every: 1, got {count} with every: {step}"
+            )
+        step, count = domain.window, count // domain.window
+    time = (first + np.arange(count) * np.timedelta64(step, "D")).astype("datetime64[ns]")
     stamps = xr.DataArray(time, dims="time")
     condition: dict[str, Array] = {"day_of_year": _days(stamps)} if domain.season else {}
     return condition, {"time": ("time", time)}
@@ -152,7 +169,7 @@ def _from_background(domain: "Climate", scenario: ClimateScenario, folder: Path)
     names = {name: {"name": name, "units": quantity.units} for name, quantity in domain.quantities.items()}
     period = (scenario.period.start, scenario.period.end) if scenario.period else None
     coarse = sources.open_cf([path], names, period=period)
-    want = tuple(cells // domain.background.factor for cells in domain.shape)
+    want = tuple(cells // domain.background.factor for cells in domain.grid)
     condition = {}
     for name, quantity in domain.quantities.items():
         values = coarse[name].values.astype(np.float32)[:: scenario.period.every if scenario.period else 1]
@@ -173,12 +190,16 @@ def _days(time: xr.DataArray) -> np.ndarray:
 
 
 def _imposed(domain: "Climate", impose: Impose, condition: Condition) -> tuple[float, Callable[[Sample], Array], np.ndarray]:
-    """Sign, area mean and the threshold of each day `[day]`, from training days of the season."""
+    """Sign, area mean and the threshold of each item `[item]`, from training days of the season.
+
+    Where a sample is several days in a row, the mean is that of all of them, and so are those that make the threshold.
+    """
     if impose.variable not in domain.quantities:
         raise BadInput(f"impose: variable {impose.variable!r}: expected one of {', '.join(domain.quantities)}")
-    weights = _box_weights(domain, impose.box)
-    rows = domain.rows("train")
-    series = (domain.dataset[impose.variable].values[rows] * weights).sum((1, 2))
+    weights = box_weights(domain, impose.box)
+    rows = domain.starts("train")
+    daily = (domain.dataset[impose.variable].values[domain.days(rows)] * weights).sum((1, 2))
+    series = daily.reshape(len(rows), domain.window).mean(1)
     above = impose.above_quantile is not None
     level = np.float64(impose.above_quantile if above else impose.below_quantile)
     if domain.season:
@@ -191,10 +212,10 @@ def _imposed(domain: "Climate", impose: Impose, condition: Condition) -> tuple[f
     else:
         threshold = np.full(len(next(iter(condition.values()))), np.quantile(series, level))
     sign = 1.0 if above else -1.0
-    return sign, lambda sample: jnp.sum(sample[impose.variable] * weights), threshold.astype(np.float32)
+    return sign, lambda sample: jnp.sum(sample[impose.variable] * weights) / domain.window, threshold.astype(np.float32)
 
 
-def _box_weights(domain: "Climate", box: Box) -> np.ndarray:
+def box_weights(domain: "Climate", box: Box) -> np.ndarray:
     """Area weights of the cells whose centres lie in the box, summing to one, `[y, x]`. Raises BadInput."""
     latitude, longitude = positions(domain)
     west, east = box.lon
@@ -225,10 +246,10 @@ def _observed(domain: "Climate", observe: Observe) -> tuple[Callable[[Sample], A
     here, there = np.deg2rad(observe.lat), np.deg2rad(latitude)
     closeness = np.sin(here) * np.sin(there) + np.cos(here) * np.cos(there) * np.cos(east)
     y, x = np.unravel_index(np.argmax(closeness), closeness.shape)
-    return lambda sample: sample[observe.variable][y, x], observe.value, observe.error
+    return lambda sample: sample[observe.variable][..., y, x], observe.value, observe.error
 
 
-def _constraints(imposed: Sequence[Any], observed: Sequence[Any]) -> tuple[Any, Any]:
+def _constraints(domain: "Climate", imposed: Sequence[Any], observed: Sequence[Any]) -> tuple[Any, Any]:
     """The two functions of a question: constraints while sampling, and how far a finished sample misses them."""
     if not imposed and not observed:
         return None, None
@@ -236,8 +257,8 @@ def _constraints(imposed: Sequence[Any], observed: Sequence[Any]) -> tuple[Any, 
     def constrain(decode: Callable[[Target], Sample], condition: Condition) -> list[Constraint]:
         made: list[Constraint] = []
         if observed:
-            values, errors = (jnp.array([each[i] for each in observed]) for i in (1, 2))
-            made.append(Observation(lambda target: jnp.stack([each[0](decode(target)) for each in observed]), values, errors))
+            values, errors = (jnp.repeat(jnp.array([each[i] for each in observed]), domain.window) for i in (1, 2))
+            made.append(Observation(lambda target: jnp.stack([each[0](decode(target)) for each in observed]).ravel(), values, errors))
         for index, (sign, mean, _) in enumerate(imposed):
             threshold = sign * condition[f"threshold{index}"]
 
@@ -249,7 +270,7 @@ def _constraints(imposed: Sequence[Any], observed: Sequence[Any]) -> tuple[Any, 
 
     def misses(sample: Sample, condition: Condition) -> Array:
         gaps = [sign * (condition[f"threshold{index}"] - mean(sample)) for index, (sign, mean, _) in enumerate(imposed)]
-        gaps += [jnp.abs(of(sample) - value) - 3 * error for of, value, error in observed]
+        gaps += [jnp.max(jnp.abs(of(sample) - value)) - 3 * error for of, value, error in observed]
         return jnp.maximum(jnp.max(jnp.stack(gaps)), 0.0)
 
     return constrain, misses
@@ -257,7 +278,11 @@ def _constraints(imposed: Sequence[Any], observed: Sequence[Any]) -> tuple[Any, 
 
 def _notes(domain: "Climate", scenario: ClimateScenario) -> list[str]:
     notes = []
-    if not domain.background:
+    if domain.window > 1:
+        notes.append(
+            f"{domain.window} days in a row are drawn together: each begins from the day before it. What follows after them is drawn anew."
+        )
+    elif not domain.background:
         notes.append("Each day is drawn on its own: statistics of single days hold, a sequence of days is no weather history.")
     if domain.forcing and scenario.sst_offset is not None:
         values = domain.dataset[domain.forcing].values[domain.rows("train")]

@@ -43,9 +43,18 @@ class Judge:
 
 
 def score(domain: "Climate", generated: Sample, truth: Sample, condition: Condition) -> Scores:
-    """Scores of `generated` `[member, n, y, x]` by `truth` `[n, y, x]`; conditions `[n, ...]`."""
+    """Scores of `generated` `[member, n, *shape]` by `truth` `[n, *shape]`; conditions `[n, ...]`.
+
+    Samples of several days are scored as single days, and by how one day follows another.
+    """
     table: dict[str, Score] = {}
     curves: dict[str, np.ndarray] = {}
+    if domain.window > 1:
+        each_day = {name: np.asarray(values).ravel() for name, values in domain.daily(condition).items()}
+        climatology = training_climatology(domain, each_day)
+        for name in domain.quantities:
+            _score_succession(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), climatology[name], table)
+        generated, truth, condition = domain.as_days(generated), domain.as_days(truth), each_day
     for name in domain.quantities:
         _score_ensemble(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), table, curves)
     if domain.background:
@@ -65,6 +74,29 @@ def score(domain: "Climate", generated: Sample, truth: Sample, condition: Condit
         error = metrics.correlation_error((a, b), (np.asarray(truth[first]), np.asarray(truth[second])))
         table[f"{first}, {second}: correlation error"] = Score(error, 0.0)
     return Scores(table, curves)
+
+
+def _score_succession(domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, climatology: np.ndarray, table: dict) -> None:
+    """How one day follows another in samples of several days: the change from day to day, and its correlation at one day's lag."""
+    weights = domain.weights / domain.weights.sum()
+    usual = climatology.reshape(-1, *domain.shape)
+
+    def steps(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Area means of the products of anomalies of a day and the next, and of their squares, `[n]`."""
+        first, then = samples[..., :-1, :, :], samples[..., 1:, :, :]
+        return tuple((part * weights).sum((-1, -2)).mean(-1) for part in (first * then, (first**2 + then**2) / 2, (then - first) ** 2))  # type: ignore[return-value]
+
+    of_truth = steps(truth - usual)
+    of_members = tuple(part.mean(0) for part in steps(ensemble - usual))
+
+    def correlation_error(together: np.ndarray, square: np.ndarray, true_together: np.ndarray, true_square: np.ndarray) -> float:
+        return float(together.mean() / square.mean() - true_together.mean() / true_square.mean())
+
+    def change_ratio(change: np.ndarray, true_change: np.ndarray) -> float:
+        return float(np.sqrt(change.mean() / true_change.mean()))
+
+    table[f"{name}: lag-1 correlation error"] = metrics.interval([*of_members[:2], *of_truth[:2]], correlation_error, block=1)
+    table[f"{name}: day-to-day change, ratio"] = metrics.interval([of_members[2], of_truth[2]], change_ratio, block=1, ideal=1.0)
 
 
 def pool(ensemble: np.ndarray, most: int) -> np.ndarray:
@@ -143,7 +175,7 @@ def _score_distribution(
 ) -> None:
     weights, most = domain.weights, domain.judge.pooled
     generated, reference = pool(ensemble - climatology, most), truth - climatology
-    thin = tuple(slice(None, None, max(1, cells // 16)) for cells in domain.shape)  # cells enough for an interval
+    thin = tuple(slice(None, None, max(1, cells // 16)) for cells in domain.grid)  # cells enough for an interval
 
     def distance(g: np.ndarray, r: np.ndarray) -> float:
         return metrics.sliced_wasserstein(g, r, weights if g.shape[1:] == weights.shape else weights[thin])
@@ -181,7 +213,7 @@ def _score_return_level(domain: "Climate", name: str, ensemble: np.ndarray, trut
     count = len(truth) // days
     if count < 5 or domain.item != "time":
         return
-    coarse = max(1, min(domain.shape) // 12)  # a dozen cells across suffice, and keep the fits quick
+    coarse = max(1, min(domain.grid) // 12)  # a dozen cells across suffice, and keep the fits quick
     at = (slice(None), slice(None, None, coarse), slice(None, None, coarse))
     of_truth = truth[: count * days].reshape(count, days, *truth.shape[1:]).max(1)[at]
     each = ensemble[:, : count * days].reshape(len(ensemble) * count, days, *truth.shape[1:]).max(1)[:200][at]
