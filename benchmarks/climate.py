@@ -1,17 +1,20 @@
 """Measures the climate twin against its baselines and its targets: `make bench-climate`.
 
 Every task is trained and judged for each seed by the command a user would type, `twinsim evaluate domain=climate/TASK`, on a fixed
-split; what is there already is found again. Prints one table a task, writes `benchmarks/results/climate.json` and, between
-its marker lines, the results in README.md. Tasks whose data are absent are skipped, and said to be.
+split; what is there already is found again. "cost" sets a generated global state against simulating the next independent one,
+side by side. Prints one table a task, writes `benchmarks/results/climate.json` and, between its marker lines, the results in
+README.md. Tasks whose data or simulator are absent are skipped, and said to be.
 
   python benchmarks/climate.py [--archive FOLDER] [--tasks racmo,ncep] [--seeds 0,1,2] [--out out/bench]
 """
 
 import argparse
+import importlib.util
 import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,25 +77,31 @@ TASKS = {
     ],
 }
 SHIPPED = {"generate"}  # tasks whose data come with twinsim
+COST = "cost"
+FEWEST_TIMES_CHEAPER, DEAREST_STATE = 50.0, 0.3  # to reach; CPU s a state
+INDEPENDENT_DAYS = 10  # days of simulation from one state to the next that has forgotten it
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archive", type=Path, default=ROOT.parent / "shared" / "data" / "climate", help="folder of the benchmark files")
-    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--tasks", default=",".join([*TASKS, COST]))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     given = parser.parse_args()
     tasks, seeds = given.tasks.split(","), [int(seed) for seed in given.seeds.split(",")]
-    if unknown := set(tasks) - set(TASKS):
-        parser.error(f"--tasks: expected some of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(tasks) - {*TASKS, COST}:
+        parser.error(f"--tasks: expected some of {', '.join([*TASKS, COST])}, got {', '.join(sorted(unknown))}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for task in tasks:
-        if task not in SHIPPED and not given.archive.is_dir():
+        if task == COST and importlib.util.find_spec("jcm") is None:
+            print("cost: skipped, there is no simulator to compare with: pip install 'twinsim[climate]'", flush=True)
+            continue
+        if task not in SHIPPED | {COST} and not given.archive.is_dir():
             print(f"{task}: skipped, there is no folder {given.archive}", flush=True)
             continue
-        results[task] = run(task, seeds, given.archive, given.out)
+        results[task] = cost(given.out) if task == COST else run(task, seeds, given.archive, given.out)
         print("\n".join(table(task, results[task])), flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1))
@@ -116,6 +125,44 @@ def run(task: str, seeds: list[int], archive: Path, out: Path) -> dict:
         folder = Path(_twinsim("evaluate", words).rsplit("evaluation: ", 1)[1].strip())
         scores.append(json.loads((folder / "metrics.json").read_text())["scores"])
     return {"seeds": seeds, "training_cpu_s": cpu, "scores": scores}
+
+
+def cost(out: Path, blocks: int = 4, states: int = 512) -> dict:
+    """CPU seconds of one generated daily state and of one simulated day, at T31, by turns on this machine; the median of each."""
+    from domains.climate import speedy
+    from twinsim import cli, run
+
+    config = run.resolve(cli._compose(["domain=climate/generate", f"out={out}"]))
+    with tempfile.TemporaryDirectory() as folder:
+        clock = [time.process_time()]
+        speedy.simulate(Path(folder), blocks * speedy.BLOCK_DAYS, spinup_days=0, progress=lambda *_: clock.append(time.process_time()))
+        simulated = np.diff(clock)[1:] / speedy.BLOCK_DAYS  # the first block holds the compilation
+        trained = run.training(config, cli.progress)
+        question, _ = trained.domain.exam(members=8, most=states // 8)
+        drawn = []
+        for turn in range(4):
+            begun = time.process_time()
+            run.draw(trained, question, run.drawing_settings(config), turn, Path(folder) / str(turn), "cost", lambda *_: None)
+            drawn.append((time.process_time() - begun) / (question.members * run.items_of(question)))
+    return {"simulated_day_cpu_s": float(np.median(simulated)), "generated_state_cpu_s": float(np.median(drawn[1:]))}
+
+
+def _cost_table(result: dict) -> list[str]:
+    state, day = result["generated_state_cpu_s"], result["simulated_day_cpu_s"]
+    next_state = INDEPENDENT_DAYS * day
+    times, cheap = next_state / state, _yes(state <= DEAREST_STATE)
+    return [
+        "\n**cost** of an independent global daily state at T31, 48 x 96 cells, seven variables generated, one core's seconds",
+        "",
+        "| score | twinsim | SPEEDY (jcm) | target | reached |",
+        "| --- | --- | --- | --- | --- |",
+        f"| CPU s a state | {state:.4f} | {next_state:.2f} ({INDEPENDENT_DAYS} days) | <= {DEAREST_STATE} | {cheap} |",
+        f"| times cheaper | {times:.0f} | 1 | >= {FEWEST_TIMES_CHEAPER:g} | {_yes(times >= FEWEST_TIMES_CHEAPER)} |",
+    ]
+
+
+def _yes(reached: bool) -> str:
+    return "yes" if reached else "**no**"
 
 
 def _spent() -> float:
@@ -155,6 +202,8 @@ def judged(result: dict, target: Target) -> tuple[str, bool]:
 
 def table(task: str, result: dict) -> list[str]:
     """Markdown: the model's mean and spread over seeds, its best baseline, the target, and whether it is reached."""
+    if task == COST:
+        return _cost_table(result)
     lines = [
         f"\n**{task}**, seeds {', '.join(map(str, result['seeds']))}, {np.mean(result['training_cpu_s']) / 60:.1f} CPU minutes of training",
         "",
@@ -168,7 +217,7 @@ def table(task: str, result: dict) -> list[str]:
         best = min(others, key=lambda who: abs(mean(result, who, target.score)[0] - ideal), default="")
         beside = f"{mean(result, best, target.score)[0]:.4g} ({best})" if best else "none"
         words, reached = judged(result, target)
-        lines.append(f"| {target.score} | {value:.4g} ± {spread:.2g} | {beside} | {words} | {'yes' if reached else '**no**'} |")
+        lines.append(f"| {target.score} | {value:.4g} ± {spread:.2g} | {beside} | {words} | {_yes(reached)} |")
     return lines
 
 

@@ -102,7 +102,7 @@ def test_cfg_prints_the_resolved_configuration_and_stops(capsys, monkeypatch):
 def test_a_scenario_brings_its_domain(capsys):
     _, out, _ = call(capsys, "run", "climate/downscaled_month", "--cfg")
     config = yaml.safe_load(out)
-    assert config["domain"]["name"] == "climate/downscale" and config["generator"]["net"]["_target_"].endswith("UNet")
+    assert config["domain"]["name"] == "climate/downscale" and config["generator"]["net"]["_target_"].endswith("ResidualMLP")
 
 
 def test_a_scenario_may_lie_anywhere_and_keeps_odd_names(capsys, tmp_path):

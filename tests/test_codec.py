@@ -144,3 +144,53 @@ def test_expand_is_differentiable_and_linear():
     gradient = jax.grad(lambda z: codec.expand(fitted, z)[0, 0, 0])(target)
     expected = codec.expand(fitted, target)[0, 0, 0] - codec.expand(fitted, 0 * target)[0, 0, 0]
     np.testing.assert_allclose(gradient.sum(), expected, rtol=1e-3)
+
+
+# ---------------------------------------------------------------- sequences
+
+
+def vector_autoregression(steps=20_000):
+    """A stationary sequence of four standardised components: two that rotate into one another and two that decay alone."""
+    turn = 0.9 * np.array([[np.cos(0.5), -np.sin(0.5)], [np.sin(0.5), np.cos(0.5)]])
+    propagator = np.zeros((4, 4))
+    propagator[:2, :2], propagator[2, 2], propagator[3, 3] = turn, 0.6, -0.3
+    noise = np.random.default_rng(0).normal(size=(steps, 4)) * np.sqrt(1 - np.array([0.81, 0.81, 0.36, 0.09]))
+    states = np.zeros((steps, 4))
+    for step in range(1, steps):
+        states[step] = propagator @ states[step - 1] + noise[step]
+    return propagator, states[100:].astype(np.float32)
+
+
+def test_memory_is_that_of_a_known_autoregression():
+    propagator, states = vector_autoregression()
+    memory = codec.fit_memory(states[:-1], states[1:], coupled=3, penalty=0.0)
+    np.testing.assert_allclose(memory["propagator"], propagator[:3, :3], atol=0.03)  # 4 standard errors of 20,000 steps
+    np.testing.assert_allclose(memory["own"], [-0.3], atol=0.03)
+    np.testing.assert_allclose(memory["kick"] @ memory["kick"].T, np.eye(3) - memory["propagator"] @ memory["propagator"].T, atol=1e-5)
+
+
+def test_innovations_are_white_and_give_the_sequence_back():
+    _, states = vector_autoregression()
+    memory = codec.fit_memory(states[:-1], states[1:], coupled=2)
+    new = codec.to_innovations(memory, states)
+    assert np.abs((new[2:, :, None] * new[1:-1, None]).mean(0)).max() < 0.03  # no memory is left
+    np.testing.assert_allclose(new[1:].std(0), 1, atol=0.03)
+    np.testing.assert_allclose(codec.from_innovations(memory, new[:50]), states[:50], atol=1e-4)
+
+
+def test_white_noise_becomes_a_sequence_with_unit_variance_at_every_step():
+    _, states = vector_autoregression()
+    memory = codec.fit_memory(states[:-1], states[1:], coupled=3)
+    noise = np.random.default_rng(1).normal(size=(20_000, 7, 4)).astype(np.float32)
+    drawn = np.asarray(jax.vmap(lambda each: codec.from_innovations(memory, each))(noise))
+    covariance = np.einsum("nti,ntj->tij", drawn, drawn) / len(drawn)
+    np.testing.assert_allclose(covariance, np.broadcast_to(np.eye(4), (7, 4, 4)), atol=0.04)
+    lagged = np.einsum("ni,nj->ij", drawn[:, 6], drawn[:, 5]) / len(drawn)
+    np.testing.assert_allclose(lagged[:3, :3], memory["propagator"], atol=0.04)
+
+
+def test_a_memory_that_never_forgets_is_shortened():
+    states = np.repeat(np.random.default_rng(2).normal(size=(50, 3)).astype(np.float32), 2, axis=0)
+    memory = codec.fit_memory(states[::2], states[1::2], coupled=2, penalty=0.0)
+    assert np.linalg.norm(memory["propagator"], 2) <= codec.LONGEST_MEMORY + 1e-6 and (np.abs(memory["own"]) <= codec.LONGEST_MEMORY).all()
+    assert np.isfinite(codec.to_innovations(memory, states)).all()

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from building import rough_jit
 from scipy import special, stats
 
 from generators.diffusion import Sampler
@@ -46,7 +47,7 @@ def given_noisy(x, sigma):
 
 def draws(denoiser, count, sampler=None):
     sampler = sampler or Sampler(steps=24)
-    return jax.jit(jax.vmap(lambda key: sampler(denoiser, (2, 2, 1), key).ravel()))(jax.random.split(KEY, count))
+    return rough_jit(jax.vmap(lambda key: sampler(denoiser, (2, 2, 1), key).ravel()))(jax.random.split(KEY, count))
 
 
 OBSERVATION = Observation(project, VALUE, ERROR)
@@ -115,7 +116,7 @@ def test_inpainting_keeps_what_is_seen_and_fills_the_rest():
         return (vectors @ (values / (values + sigma**2) * (vectors.T @ x.ravel()))).reshape(x.shape)
 
     masked = observe(Observation(lambda x0: x0[seen, 0], truth[seen], np.full(80, 0.05)))(line)
-    y = jax.jit(jax.vmap(lambda key: Sampler(steps=30)(masked, (160, 1), key)[:, 0]))(jax.random.split(KEY, 60))
+    y = rough_jit(jax.vmap(lambda key: Sampler(steps=30)(masked, (160, 1), key)[:, 0]))(jax.random.split(KEY, 60))
     exact, _ = condition(np.zeros(160), covariance, np.eye(160)[seen], truth[seen], np.full(80, 0.05))
     assert np.sqrt(np.mean(np.square(np.asarray(y)[:, seen] - truth[seen]))) < 0.1  # twice the stated error: it is approximate
     assert np.sqrt(np.mean(np.square(np.asarray(y).mean(0) - exact))) < 0.11  # half the standard deviation between two seen cells

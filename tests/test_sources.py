@@ -303,6 +303,15 @@ def test_patches_are_cut_from_the_north_west_and_are_wet():
     assert result["rain"].values.mean((1, 2)).tolist() == [1, 2]  # the patch with a missing value is left out
     assert result["centre"].values.tolist() == [2 / 12, 6 / 12]
     assert (result["frame_time"].values == made["time"].values).all()
+    eight = patches(made, "rain", size=4, stride=4, symmetries=True)
+    assert eight["symmetry"].values.tolist() == sorted(2 * [*range(8)]) and eight["centre"].values.tolist() == 8 * [2 / 12, 6 / 12]
+    as_it_is = eight["rain"].values[eight["symmetry"].values == 0]
+    np.testing.assert_array_equal(as_it_is, result["rain"].values)
+    marked = np.arange(16.0, dtype=np.float32).reshape(1, 4, 4)
+    turned = patches(
+        xr.Dataset({"rain": (("time", "y", "x"), marked)}, {"time": xr.date_range("2001", periods=1)}), "rain", 4, 4, symmetries=True
+    )
+    assert len(np.unique(turned["rain"].values.reshape(8, -1), axis=0)) == 8  # the eight symmetries of a square
     with pytest.raises(BadInput, match="none of 4 x 4 cells has more than 5% of its cells above 50"):
         patches(made, "rain", size=4, stride=4, wet_threshold=50)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from building import built
 from flax import nnx
 
 from twinsim import checkpoint, data, train
@@ -41,7 +42,7 @@ class Denoiser(nnx.Module):
 
 
 def module() -> Denoiser:
-    return Denoiser(rngs=nnx.Rngs(0))
+    return built(lambda: Denoiser(rngs=nnx.Rngs(0)))
 
 
 def loss_of(assemble):
@@ -177,7 +178,7 @@ def test_update_is_a_step_down_the_mean_gradient():
         rows = Example(*(jnp.asarray(part[:BATCH]) for part in examples()))
         return jax.lax.map(lambda row: assemble(params).loss(*row), (rows, keys)).sum() / BATCH
 
-    value, grads = jax.value_and_grad(mean)(params)
+    value, grads = jax.jit(jax.value_and_grad(mean))(params)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
     expected = jax.tree.map(lambda param, grad: param - 0.1 * grad, params, grads)
@@ -238,7 +239,9 @@ def test_other_seed_in_the_same_folder_is_refused(whole, store):
 
 
 def test_one_and_eight_devices_agree(store, tmp_path):
-    runs = {name: fit(store, tmp_path / name, 50, where) for name, where in {"one": mesh(1), "eight": mesh(8, fsdp=4)}.items()}
+    runs = {
+        name: fit(store, tmp_path / name, 50, where, save_every=50) for name, where in {"one": mesh(1), "eight": mesh(8, fsdp=4)}.items()
+    }
     losses = {name: np.array([line["loss"] for line in log(tmp_path / name)]) for name in runs}
     np.testing.assert_allclose(losses["one"], losses["eight"], atol=1e-5)  # sums in another order, over 50 steps
     assert losses["one"].shape == (50,)
@@ -289,7 +292,7 @@ class Trap(Denoiser):
 def test_nan_stops_and_names_the_batch(store, tmp_path):
     optimizer = optax.sgd(0.01)
     with pytest.raises(train.Diverged, match="step 7: loss nan.*checkpoint 5.*names the batch") as error:
-        fit(store, tmp_path, 30, optimizer=optimizer, generator=Trap(rngs=nnx.Rngs(0)), max_grad_norm=float("inf"))
+        fit(store, tmp_path, 30, optimizer=optimizer, generator=built(lambda: Trap(rngs=nnx.Rngs(0))), max_grad_norm=float("inf"))
     assert error.value.exit_code == 3
     facts = json.loads((tmp_path / "diverged.json").read_text())
     assert facts["step"] == 7 and facts["rows"] == data.indices(SEED, 6, BATCH, SIZE).tolist()

@@ -73,6 +73,7 @@ def words(data: Path, out: Path) -> list[str]:
         'domain.splits.test=[{time: ["2002-01-01", "2002-12-31"]}]',
         "domain.components.count=8",
         "generator.net.width=16",
+        "generator.net.depth=1",
         "generator.sampler.steps=4",
     ]
 

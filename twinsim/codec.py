@@ -13,6 +13,9 @@ import numpy as np
 from twinsim.base import Array, BadInput
 
 
+STILL = 1e-8  # of the variance of the first component: what has less is rounding
+
+
 class Transform(NamedTuple):
     """A monotone map of a physical quantity to one that is closer to Gaussian, and its inverse."""
 
@@ -58,7 +61,7 @@ def fit_components(residuals: np.ndarray, weights: np.ndarray, count: int) -> di
     Args:
       residuals: `[n, *grid, channel]`.
       weights: area weights with mean 1, `[*grid]`.
-      count: components kept, at most n - 1.
+      count: components kept, at most n - 1, and none that does not vary.
 
     Returns:
       `channel_scale [channel]`, `weights [*grid]`, `mean [feature]`, `basis [component, feature]` orthonormal,
@@ -73,6 +76,7 @@ def fit_components(residuals: np.ndarray, weights: np.ndarray, count: int) -> di
     centred = features - mean
     power, vectors = np.linalg.eigh((centred @ centred.T).astype(np.float64))
     count = int(min(count, samples - 1, features.shape[1]))
+    count = max(1, min(count, int((power > STILL * power[-1]).sum())))  # means taken out before leave fewer than n - 1
     power, vectors = np.maximum(power[::-1][:count], 1e-12), vectors[:, ::-1][:, :count]
     basis = (vectors / np.sqrt(power)).T.astype(np.float32) @ centred
     scale = np.sqrt(power / (samples - 1)).astype(np.float32)
@@ -111,7 +115,7 @@ def _units(components: Mapping[str, Any]) -> Array:
 LONGEST_MEMORY = 0.99  # of a singular value of the propagator: at 1 a state would never be forgotten
 
 
-def fit_memory(before: np.ndarray, after: np.ndarray, coupled: int, penalty: float = 0.01) -> dict[str, np.ndarray]:
+def fit_memory(before: np.ndarray, after: np.ndarray, coupled: int, penalty: float = 0.001) -> dict[str, np.ndarray]:
     """How standardised components lead from one step to the next: x' = A x + L e, where x, x' and e have unit covariance.
 
     The `coupled` leading components may lead to one another (a linear inverse model; Penland & Sardeshmukh 1995, J. Climate 8,

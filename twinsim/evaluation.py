@@ -1,6 +1,7 @@
 """What a trained generator and its baselines earn on held-out truth: judged, written to a folder and read back."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from twinsim import files
-from twinsim.base import Domain, Question, Sample, Score, Scores, Statistics
+from twinsim.base import Baseline, Domain, Question, Sample, Score, Scores, Statistics
 
 MODEL = "twinsim"  # the generator's name among its baselines
 DONE = "metrics.json"  # written last
@@ -58,15 +59,25 @@ def judge(
         for index, (name, baseline) in enumerate(baselines.items()):
             stop()
             drawn = baseline(question.condition, members, seed)
-            scores[name] = domain.score(drawn, truth, question.condition)
+            remembered = domain.membership(drawn, truth, functools.partial(_ask, baseline, seed + 1))
+            scores[name] = _with(domain.score(drawn, truth, question.condition), {}, remembered)
             examples[name] = _few(drawn)
             update(index + 1, len(baselines), name)
     stop()
     with progress("memorisation") as update:
         remembered = domain.membership(generated, truth, lambda further: draw(further, "train", seed + 1, update)[0])
-    of_the_model = {**scores[MODEL].table, **kept(rules)} | ({} if remembered is None else {MEMORY: remembered})
-    scores[MODEL] = dataclasses.replace(scores[MODEL], table=of_the_model)
+    scores[MODEL] = _with(scores[MODEL], kept(rules), remembered)
     return Evaluation(scores, examples)
+
+
+def _ask(baseline: Baseline, seed: int, question: Question) -> Sample:
+    return baseline(question.condition, question.members, seed)
+
+
+def _with(scores: Scores, rules: Mapping[str, Score], remembered: Score | None) -> Scores:
+    """Scores with the rules that were kept and, where it could be told, what is remembered of the training samples."""
+    memory = {} if remembered is None else {MEMORY: remembered}
+    return dataclasses.replace(scores, table={**scores.table, **rules, **memory})
 
 
 def kept(rules: Mapping[str, np.ndarray]) -> dict[str, Score]:

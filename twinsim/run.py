@@ -126,6 +126,8 @@ def check(config: Config) -> None:
     if not isinstance(config["domain"].get("name"), str):
         raise BadInput(f"config domain.name: expected text, got {config['domain'].get('name')!r}")
     _whole_number(config, "seed", 0, 2**32 - 1)
+    if unknown := sorted(set(config["evaluate"]) - {"members", "most"}):
+        raise BadInput(f"config evaluate.{unknown[0]}: expected members or most")
     _whole_number(config["evaluate"], "members", 2)
     if config["evaluate"].get("most") is not None:
         _whole_number(config["evaluate"], "most", 2)

@@ -117,10 +117,12 @@ class Components:
       count: components kept.
       coupled: leading components that may lead to one another from day to day, where a sample is several days; each of the others
         leads to itself alone.
+      background: leading components of the coarse background that the network is given, where there is one.
     """
 
     count: int = 300
     coupled: int = 300
+    background: int = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,7 +330,7 @@ class Climate:
         """Conditions `[...]` of samples as those of each of their days, `[..., day]`."""
         named = {name: jnp.repeat(jnp.asarray(v)[..., None], self.window, axis=-1) for name, v in condition.items()}
         if "day_of_year" in named:
-            named["day_of_year"] = (named["day_of_year"] + jnp.arange(self.window)) % means.YEAR
+            named["day_of_year"] = (named["day_of_year"] + jnp.arange(self.window, dtype=np.float32)) % means.YEAR
         return named
 
     def as_days(self, samples: Sample) -> Sample:
@@ -365,6 +367,12 @@ class Climate:
         residual = {name: transformed[name] - expected[name] for name in transformed}
         if not self.background:
             residual = self._fit_spreads(statistics, residual, condition)
+        elif self.components:
+            statistics["background"] = self._fit_background(condition)
+            statistics["background_spread"] = {name: means.fit_spread_of_expected(residual[name], expected[name]) for name in residual}
+            residual = {
+                name: v / means.spread_of_expected(statistics["background_spread"][name], expected[name]) for name, v in residual.items()
+            }
         statistics["residual_scale"] = {name: v.std(cellwise) + np.float32(SPREAD_FLOOR) for name, v in residual.items()}
         if self.components:
             stacked = np.stack([residual[name] for name in self.quantities], axis=-1)
@@ -375,6 +383,18 @@ class Climate:
             fixed = np.stack([self.dataset[name].values for name in self.statics], axis=-1).astype(np.float32)
             statistics["statics"] = (fixed - fixed.mean((0, 1))) / (fixed.std((0, 1)) + np.float32(SPREAD_FLOOR))
         return statistics
+
+    def _fit_background(self, condition: Condition) -> Statistics:
+        """Joint principal components of the transformed background of all variables."""
+        assert self.background and self.components
+        coarse = np.asarray(self._coarse(condition))
+        weights = np.asarray(grid.coarsen(self.weights, self.background.factor))
+        mean = coarse.mean(0)
+        return {"field_mean": mean, **codec.fit_components(coarse - mean, weights, self.components.background)}
+
+    def _coarse(self, condition: Condition) -> Array:
+        """The transformed background of all variables, `[..., y, x, variable]`."""
+        return jnp.stack([jnp.asarray(q.maps.forward(condition[f"coarse_{name}"])) for name, q in self.quantities.items()], axis=-1)
 
     def _fit_memory(self, components: Statistics, residual: np.ndarray, rows: np.ndarray) -> Statistics:
         """How the components of one day lead to those of the next, from residuals `[n, y, x, channel]` of the days `rows`."""
@@ -441,12 +461,15 @@ class Climate:
         return {self.forcing: {"low": np.float32(values.min()), "high": np.float32(values.max()), "span": np.float32(span)}}
 
     def _fit_interpolation(self, transformed: Sample, condition: Condition) -> Statistics:
+        """Seasonal climatology of each variable on both grids; constant where the season is no condition."""
         if not self.background or not self.background.climatology:
-            return {name: {"coarse": np.float32(0), "fine": np.float32(0)} for name in self.quantities}
-        coarse = {name: q.maps.forward(condition[f"coarse_{name}"]) for name, q in self.quantities.items()}
-        return {
-            name: {"coarse": np.asarray(coarse[name].mean(0)), "fine": np.asarray(transformed[name]).mean(0)} for name in self.quantities
-        }
+            return {}
+        coarse = {name: np.asarray(q.maps.forward(condition[f"coarse_{name}"])) for name, q in self.quantities.items()}
+        if not self.season:
+            return {name: {"coarse": coarse[name].mean(0), "fine": np.asarray(transformed[name]).mean(0)} for name in self.quantities}
+        days = np.asarray(condition["day_of_year"])
+        both = {name: {"coarse": coarse[name], "fine": np.asarray(transformed[name])} for name in self.quantities}
+        return {name: {which: means.fit_harmonics(v, days)["climatology"] for which, v in each.items()} for name, each in both.items()}
 
     def _fit_regression(self, residual: Sample, condition: Condition) -> dict[str, tuple[Statistics, np.ndarray]]:
         """Per variable: regression of what interpolation misses, and its out-of-fold prediction of the training samples."""
@@ -467,9 +490,15 @@ class Climate:
     def _interpolate(self, statistics: Statistics, name: str, condition: Condition) -> Array:
         """The background of one variable on the fine grid, transformed, `[..., y, x]`."""
         assert self.background
-        stat = statistics["interpolation"][name]
-        coarse = self.quantities[name].maps.forward(condition[f"coarse_{name}"]) - stat["coarse"]
-        return grid.refine(coarse, self.background.factor, 1, self.periodic) + stat["fine"]
+        coarse = jnp.asarray(self.quantities[name].maps.forward(condition[f"coarse_{name}"]))
+        if not self.background.climatology:
+            return grid.refine(coarse, self.background.factor, 1, self.periodic)
+        usual = {which: self._usual(stat, condition) for which, stat in statistics["interpolation"][name].items()}
+        return grid.refine(coarse - usual["coarse"], self.background.factor, 1, self.periodic) + usual["fine"]
+
+    def _usual(self, stat: Array, condition: Condition) -> Array:
+        """A climatology `[y, x]`, or that of the day from its harmonics `[harmonic, y, x]`: `[..., y, x]`."""
+        return means.harmonics({"climatology": stat}, condition["day_of_year"]) if self.season else stat
 
     def _regress(self, statistics: Statistics, name: str, condition: Condition) -> Array:
         """What the coarse cells say beyond their interpolation, `[..., y, x]`."""
@@ -509,6 +538,8 @@ class Climate:
         factor: Array = np.ones((), np.float32)
         if "season_spread" in statistics:
             factor = means.season_spread(statistics["season_spread"][name], condition["day_of_year"])
+        if "background_spread" in statistics:
+            factor = means.spread_of_expected(statistics["background_spread"][name], self._expected(statistics, name, condition))
         if "spread" in statistics and self.forcing:
             factor = factor * jnp.exp(statistics["spread"][name] * jnp.asarray(condition[self.forcing]))[..., None, None]
         return factor
@@ -516,6 +547,7 @@ class Climate:
     def spec(self, statistics: Statistics) -> Spec:
         scalars = 2 * self.season + (1 if self.forcing and self.learn_forcing else 0)
         if self.components:
+            scalars += len(statistics["background"]["scale"]) if self.background else 0
             return Spec((self.window,), len(statistics["components"]["scale"]), 0, scalars, (False,))
         fields = 2 * len(self.quantities) * bool(self.background) + len(self.statics)
         return Spec(self.grid, len(self.quantities), fields, scalars, self.periodic)
@@ -576,6 +608,9 @@ class Climate:
             middle = (seen["low"] + seen["high"]) / 2
             scalars.append(2 * (jnp.clip(condition[self.forcing], seen["low"], seen["high"]) - middle) / seen["span"])
         if self.components:
+            if self.background:
+                of_background = statistics["background"]
+                scalars += list(codec.project(of_background, self._coarse(condition) - of_background["field_mean"])[:, 0])
             return jnp.zeros((self.window, 0)), jnp.stack(scalars) if scalars else jnp.zeros(0)
         fields = []
         if self.background:
@@ -706,7 +741,7 @@ class Climate:
 
         None where the held-out samples come from another climate than the training samples, which would decide the test.
         """
-        if self.forcing:
+        if self._another_climate():
             return None
         generated, truth = self.as_days(generated), self.as_days(truth)
         held_out = len(next(iter(truth.values())))
@@ -724,6 +759,14 @@ class Climate:
             question = Question(self.conditions(rows, recorded), members, {self.item: (self.item, rows)}, "the training samples")
             drawn["train"] = ({name: np.asarray(v[...]) for name, v in ask(question).items()}, recorded)
         return scores.membership(self, drawn)
+
+    def _another_climate(self) -> bool:
+        """Whether the held-out samples were simulated with another warming than any training sample."""
+        warming = self.forcing or "sst_offset"
+        if warming not in self.dataset.coords:
+            return False
+        values = self.dataset[warming].values
+        return not set(values[self.rows("test")]) <= set(values[self.rows("train")])
 
     def score(self, generated: Sample, truth: Sample, condition: Condition) -> Scores:
         return scores.score(self, generated, truth, condition)

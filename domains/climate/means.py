@@ -6,6 +6,7 @@ that applies them takes any leading axes, numpy or jax, and can be traced. Fits 
 
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 import numpy as np
 from scipy.stats import norm
 
@@ -105,6 +106,29 @@ def fit_spread(residual: np.ndarray, extra: np.ndarray, weights: np.ndarray) -> 
     count = np.bincount(group)
     log_variance = np.log(np.bincount(group, power) / count)
     return np.float32(np.polyfit(levels, log_variance, 1, w=np.sqrt(count))[0] / 2)
+
+
+SPREAD_NODES = 17  # of a spread that depends on the expected value
+
+
+def fit_spread_of_expected(residual: np.ndarray, expected: np.ndarray) -> Statistics:
+    """How the standard deviation of residuals `[n, y, x]` depends on the expected value, such as that of rain: `node`, `spread` `[node]`.
+
+    One table for the whole grid: the nodes are the means of classes of equal size, and the mean square over all is one.
+    """
+    value, square = np.asarray(expected, np.float64).ravel(), np.asarray(residual, np.float64).ravel() ** 2
+    edges = np.quantile(value, np.linspace(0, 1, SPREAD_NODES + 1)[1:-1])
+    group = np.searchsorted(edges, value)
+    count = np.maximum(np.bincount(group, minlength=SPREAD_NODES), 1)
+    node = np.bincount(group, value, SPREAD_NODES) / count
+    spread = np.sqrt(np.bincount(group, square, SPREAD_NODES) / count / square.mean()) + STILL
+    kept = np.concatenate([[True], np.diff(node) > 0])  # classes of many equal values (no rain) fall together
+    return {"node": node[kept].astype(np.float32), "spread": spread[kept].astype(np.float32)}
+
+
+def spread_of_expected(stat: Statistics, expected: Array) -> Array:
+    """The relative standard deviation of the residual where `expected` is expected, linear between nodes, of the same shape."""
+    return jnp.interp(jnp.asarray(expected), stat["node"], stat["spread"])
 
 
 def _harmonic_basis(day_of_year: Array) -> Array:

@@ -856,16 +856,23 @@ def _is_time(values: np.ndarray) -> bool:
 
 
 def patches(
-    dataset: xr.Dataset, variable: str, size: int = 64, stride: int = 64, wet_threshold: float = 0.1, wet_fraction: float = 0.05
+    dataset: xr.Dataset,
+    variable: str,
+    size: int = 64,
+    stride: int = 64,
+    wet_threshold: float = 0.1,
+    wet_fraction: float = 0.05,
+    symmetries: bool = False,
 ) -> xr.Dataset:
     """Wet square patches of radar frames, `[patch, y, x]`.
 
     Patches are cut from the north-western corner of each frame in steps of `stride`, frame by frame and row by row southward; one is
-    kept if all its values are finite and more than `wet_fraction` of them exceed `wet_threshold` (in the variable's units).
+    kept if all its values are finite and more than `wet_fraction` of them exceed `wet_threshold` (in the variable's units). With
+    `symmetries` each comes eight times, turned and mirrored, for a quantity that knows no direction: to be trained on, not judged by.
 
     Returns:
       the variable on `(patch, y, x)` with the names of the horizontal dimensions, `y` and `x` being cell numbers, and on `patch` the
-      coordinates `frame_time` and `centre`, the column of the patch's centre as a fraction of the width.
+      coordinates `frame_time`, `centre`, the column of the patch's centre as a fraction of the width, and `symmetry`, 0 as it is.
 
     Raises:
       BadInput: no such variable, frames smaller than a patch, or no wet patch.
@@ -892,13 +899,19 @@ def patches(
         rule = f"more than {wet_fraction:.0%} of its cells above {wet_threshold} {array.attrs.get('units', '')}"
         raise BadInput(f"patches: none of {size} x {size} cells has {rule}, expected at least one")
     attrs = {key: value for key, value in array.attrs.items() if key != "grid_mapping"}
+    values = np.stack(kept).astype(np.float32)
+    copies = 8 if symmetries else 1
+    if symmetries:
+        turned = [np.rot90(values, quarter, (1, 2)) for quarter in range(4)]
+        values = np.concatenate([*turned, *(each[:, :, ::-1] for each in turned)])
     coords = {
-        "centre": ("patch", np.array(centre), {"long_name": "column of the centre as a fraction of the width"}),
-        "frame_time": ("patch", dataset["time"].values[when]),
+        "symmetry": ("patch", np.repeat(np.arange(copies), len(kept)), {"long_name": "quarter turns, and 4 more where mirrored"}),
+        "centre": ("patch", np.tile(centre, copies), {"long_name": "column of the centre as a fraction of the width"}),
+        "frame_time": ("patch", np.tile(dataset["time"].values[when], copies)),
         y: np.arange(size),
         x: np.arange(size),
     }
-    return xr.Dataset({variable: (("patch", y, x), np.stack(kept).astype(np.float32), attrs)}, coords, dataset.attrs)
+    return xr.Dataset({variable: (("patch", y, x), values, attrs)}, coords, dataset.attrs)
 
 
 # ---------------------------------------------------------------- provenance and words
