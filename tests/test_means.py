@@ -190,3 +190,22 @@ def test_relative_response_is_linear_in_the_mean_and_bounded():
     stat = means.fit_relative_response(values, np.tile(np.arange(400.0) % 365, 3), extra, np.ones((4, 4)))
     np.testing.assert_allclose(means.relative_response(stat, np.array([0.0, 2.0]))[:, 0, 0], [1.0, 1.2], atol=0.01)  # 5 % for the floor
     assert means.relative_response(stat, np.float32(1000.0)).max() == 5.0
+
+
+def test_spread_of_the_expected_value_is_the_one_it_was_made_with():
+    random = np.random.default_rng(0)
+    expected = random.gamma(1.0, 2.0, (300, 8, 8)).astype(np.float32)
+    residual = (0.1 + 0.5 * expected) * random.normal(size=expected.shape)
+    stat = means.fit_spread_of_expected(residual, expected)
+    at = np.array([0.5, 2.0, 5.0], np.float32)
+    found = np.asarray(means.spread_of_expected(stat, at)) * np.sqrt(np.mean(residual**2))
+    np.testing.assert_allclose(found, 0.1 + 0.5 * at, rtol=0.1)
+    evened = residual / np.asarray(means.spread_of_expected(stat, expected))
+    np.testing.assert_allclose(np.mean(evened**2), np.mean(residual**2), rtol=0.1)
+
+
+def test_spread_where_most_is_expected_to_be_nothing():
+    expected = np.zeros((50, 4, 4), np.float32)
+    expected[:, 0] = np.arange(50)[:, None]
+    stat = means.fit_spread_of_expected(expected * 0.5, expected)
+    assert (np.diff(stat["node"]) > 0).all() and np.isfinite(means.spread_of_expected(stat, expected)).all()

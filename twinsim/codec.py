@@ -12,7 +12,6 @@ import numpy as np
 
 from twinsim.base import Array, BadInput
 
-
 STILL = 1e-8  # of the variance of the first component: what has less is rounding
 
 
@@ -156,7 +155,7 @@ def from_innovations(memory: Mapping[str, Any], target: Array) -> Array:
     coupled = memory["propagator"].shape[0]
     spread = jnp.sqrt(1 - jnp.square(memory["own"]))
 
-    def step(state: Array, new: Array) -> tuple[Array, Array]:
+    def step(state: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
         leading = memory["propagator"] @ state[:coupled] + memory["kick"] @ new[:coupled]
         state = jnp.concatenate([leading, memory["own"] * state[coupled:] + spread * new[coupled:]])
         return state, state

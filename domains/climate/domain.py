@@ -369,7 +369,9 @@ class Climate:
             residual = self._fit_spreads(statistics, residual, condition)
         elif self.components:
             statistics["background"] = self._fit_background(condition)
-            statistics["background_spread"] = {name: means.fit_spread_of_expected(residual[name], expected[name]) for name in residual}
+            statistics["background_spread"] = {
+                name: means.fit_spread_of_expected(residual[name], np.asarray(expected[name])) for name in residual
+            }
             residual = {
                 name: v / means.spread_of_expected(statistics["background_spread"][name], expected[name]) for name, v in residual.items()
             }
@@ -702,7 +704,7 @@ class Climate:
         if not self.background.climatology:
             analogues = baselines.Analogues(truth, factor, non_negative=non_negative)
             return {"bicubic": bicubic, "analogues": analogues, "RainFARM": baselines.RainFARM(truth, factor)}
-        given = {"non_negative": non_negative, "periodic": periodic}
+        given: dict[str, Any] = {"non_negative": non_negative, "periodic": periodic}
         local = self.background.regression == "neighbourhood"
         return {
             "bicubic": bicubic,

@@ -126,9 +126,9 @@ def _look(domain: "Climate", evaluation: Any) -> Section:
     pictures = {}
     drawn = {name: sample for name, sample in evaluation.examples.items() if name != "truth"}
     for name, quantity in list(domain.quantities.items())[:SHOWN]:
-        fields: dict[str, tuple[np.ndarray, str]] = {"truth": (domain.as_days(evaluation.examples["truth"])[name][0], "")}
+        fields: dict[str, tuple[np.ndarray, str]] = {"truth": (np.asarray(domain.as_days(evaluation.examples["truth"])[name])[0], "")}
         for who, sample in drawn.items():
-            days = domain.as_days(sample)[name]
+            days = np.asarray(domain.as_days(sample)[name])
             fields[who] = (days[0, 0], "")
             if who == next(iter(drawn)):
                 fields[f"{who}, another member"] = (days[1, 0], "")

@@ -81,10 +81,10 @@ def _score_succession(domain: "Climate", name: str, ensemble: np.ndarray, truth:
     weights = domain.weights / domain.weights.sum()
     usual = climatology.reshape(-1, *domain.shape)
 
-    def steps(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def steps(samples: np.ndarray) -> tuple[np.ndarray, ...]:
         """Area means of the products of anomalies of a day and the next, and of their squares, `[n]`."""
         first, then = samples[..., :-1, :, :], samples[..., 1:, :, :]
-        return tuple((part * weights).sum((-1, -2)).mean(-1) for part in (first * then, (first**2 + then**2) / 2, (then - first) ** 2))  # type: ignore[return-value]
+        return tuple((part * weights).sum((-1, -2)).mean(-1) for part in (first * then, (first**2 + then**2) / 2, (then - first) ** 2))
 
     of_truth = steps(truth - usual)
     of_members = tuple(part.mean(0) for part in steps(ensemble - usual))
