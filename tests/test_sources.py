@@ -12,8 +12,9 @@ import pytest
 import xarray as xr
 import zarr
 
-from domains.climate import sources
+from domains.climate import sources, truth
 from domains.climate.sources import Wanted, coarsened, day_of_year, inputs, open_cf, patches, split_periods, within
+from twinsim import record
 from twinsim.base import BadInput
 
 LAT = np.array([40.0, 45.0, 50.0, 55.0])
@@ -286,6 +287,22 @@ def test_block_mean_skips_what_is_missing():
     assert np.isnan(result[0, 0]) and result[1, 0] == pytest.approx(
         made["tas"].values[0, 2:, :2][np.isfinite(made["tas"].values[0, 2:, :2])].mean()
     )
+
+
+def test_a_url_is_pinned_by_the_values_that_were_read(tmp_path):
+    time = xr.date_range("2001-01-01", periods=3)
+    grid = {"time": time, "lat": ("lat", [10.0, 20.0], {"units": "degrees_north"}), "lon": ("lon", [0.0, 10.0], {"units": "degrees_east"})}
+
+    def pinned(name: str, warmer: float) -> dict:
+        values = warmer + np.arange(12, dtype=np.float32).reshape(3, 2, 2)
+        made = xr.Dataset({"tas": (("time", "lat", "lon"), values, {"units": "K"})}, grid)
+        made.to_zarr(tmp_path / name, zarr_format=3, consolidated=False)
+        (entry,) = json.loads(truth.recorded(f"file://{tmp_path / name}", {"tas": {"units": "K"}}).attrs["inputs"])
+        return entry
+
+    same, again, other = pinned("a.zarr", 280.0), pinned("b.zarr", 280.0), pinned("c.zarr", 281.0)
+    assert same["sha256"] == again["sha256"] != other["sha256"] and len(same["sha256"]) == 64 and same["size"] > 0
+    record.Input(**same)  # what a run's record takes
 
 
 # ---------------------------------------------------------------- patches

@@ -199,7 +199,7 @@ def inputs(paths: Paths, licence: str = "") -> list[dict[str, Any]]:
     """Where the data came from, one dict a file: `name`, `path`, `licence`, `sha256` and `size` in bytes.
 
     The licence is the one given, or the file's own global attribute. A Zarr folder's digest is that of its files' relative paths
-    and contents in sorted order; of a URL digest and size are None.
+    and contents in sorted order; of a URL, which is not read as a whole, digest and size are None.
     """
     records: list[dict[str, Any]] = []
     for path in find(paths):

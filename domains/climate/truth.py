@@ -3,6 +3,7 @@
 Each returns a dataset that carries its inputs (place, licence, sha256, size) in its attributes, for the record of a run.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from twinsim.base import BadInput
 def recorded(paths: Any, variables: Mapping[str, Any], licence: str = "", **selection: Any) -> xr.Dataset:
     """Any CF dataset that xarray opens; `variables` and `selection` as in `sources.open_cf`."""
     named = {name: {"name": name, **dict(wanted)} for name, wanted in variables.items()}
-    return _with_inputs(sources.open_cf(paths, named, **selection), sources.inputs(paths, licence))
+    dataset = sources.open_cf(paths, named, **selection)
+    return _with_inputs(dataset, [_pinned(file, dataset) for file in sources.inputs(paths, licence)])
 
 
 def patches(path: str, variable: str, units: str, licence: str = "", **cut: Any) -> xr.Dataset:
@@ -89,6 +91,18 @@ def _simulate(path: Path, name: str, run: Mapping[str, Any], asked: Any) -> None
     unfinished = path.with_suffix(".tmp")
     dataset.to_netcdf(unfinished)
     unfinished.rename(path)
+
+
+def _pinned(file: Mapping[str, Any], dataset: xr.Dataset) -> Mapping[str, Any]:
+    """An input with its digest; that of a URL, which is not read as a whole, is the digest of all values that were read."""
+    if file["sha256"] is not None:
+        return file
+    digest = hashlib.sha256()
+    for name in sorted(map(str, dataset.variables)):
+        values = dataset[name].values
+        digest.update(f"{name} {values.shape}\n".encode())
+        digest.update(str(values.tolist()).encode() if values.dtype == object else np.ascontiguousarray(values).tobytes())
+    return {**file, "name": f"{file['name']}, the values read", "sha256": digest.hexdigest(), "size": int(dataset.nbytes)}
 
 
 def _with_inputs(dataset: xr.Dataset, files: Sequence[Mapping[str, Any]]) -> xr.Dataset:
