@@ -12,6 +12,7 @@ import difflib
 import glob
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -601,6 +602,7 @@ def conversion(stated: str, wanted: str, where: str) -> tuple[float, float]:
     Raises:
       BadInput: a unit is unknown, or they do not convert.
     """
+    logging.getLogger("pint.util").setLevel(logging.ERROR)  # cf_xarray redefines some units, which pint would tell of
     from cf_xarray.units import units  # here: half a second that most files do not need
 
     def parsed(text: str) -> Any:
