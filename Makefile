@@ -21,13 +21,13 @@ run: $(READY) ## the whole chain on the embedded climate: data, training, scenar
 	$(BIN)/twinsim run $(ARGS)
 
 test: $(READY) ## the quick tests
-	$(PYTEST) -n $(WORKERS) $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## the slow tests alone
 	$(PYTEST) -m "slow and not slurm" $(ARGS)
 
 test-all: $(READY) ## every test; those that need SLURM are skipped where there is none
-	$(PYTEST) -m "" -n $(WORKERS) $(ARGS)
+	$(PYTEST) -m "" -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(READY) ## style and formatting
 	$(BIN)/ruff check

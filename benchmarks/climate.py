@@ -2,10 +2,10 @@
 
 Every task is trained and judged for each seed by the command a user would type, `twinsim evaluate domain=climate/TASK`, on a fixed
 split; what is there already is found again. "cost" sets a generated global state against simulating the next independent one,
-side by side. Prints one table a task, writes `benchmarks/results/climate.json` and, between its marker lines, the results in
-README.md. Tasks whose data or simulator are absent are skipped, and said to be.
+by turns. Prints one table a task, writes `benchmarks/results/climate.json` and, with --readme (`make bench-climate ARGS=--readme`),
+the tables between the marker lines of README.md. Tasks whose data or simulator are absent are skipped, and said to be.
 
-  python benchmarks/climate.py [--archive FOLDER] [--tasks racmo,ncep] [--seeds 0,1,2] [--out out/bench]
+  python benchmarks/climate.py [--archive FOLDER] [--tasks racmo,ncep] [--seeds 0,1,2] [--out out/bench] [--readme]
 """
 
 import argparse
@@ -91,6 +91,7 @@ def main() -> int:
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     given = parser.parse_args()
     tasks, seeds = given.tasks.split(","), [int(seed) for seed in given.seeds.split(",")]
+    out = given.out.absolute()  # the commands run in the root of the checkout
     if unknown := set(tasks) - {*TASKS, COST}:
         parser.error(f"--tasks: expected some of {', '.join([*TASKS, COST])}, got {', '.join(sorted(unknown))}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -101,7 +102,7 @@ def main() -> int:
         if task not in SHIPPED | {COST} and not given.archive.is_dir():
             print(f"{task}: skipped, there is no folder {given.archive}", flush=True)
             continue
-        results[task] = cost(given.out) if task == COST else run(task, seeds, given.archive, given.out)
+        results[task] = cost(out) if task == COST else run(task, seeds, given.archive, out)
         print("\n".join(table(task, results[task])), flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1))
@@ -111,20 +112,39 @@ def main() -> int:
 
 
 def run(task: str, seeds: list[int], archive: Path, out: Path) -> dict:
-    """Scores of every generator by seed, and the CPU seconds of training."""
+    """Scores of every generator by seed, and the CPU seconds of training, None where it was not measured from its beginning."""
     scores, cpu = [], []
     for seed in seeds:
         words = [f"domain=climate/{task}", f"seed={seed}", f"out={out}"] + ([] if task in SHIPPED else [f"archive={archive}"])
-        spent = _spent()
-        model = Path(_twinsim("train", words).rsplit("model: ", 1)[1].strip())
-        trained = _spent() - spent
-        kept = model / "training-cpu-s.json"
-        if trained > 60 or not kept.exists():  # else it was found trained
-            kept.write_text(json.dumps(trained))
-        cpu.append(json.loads(kept.read_text()))
+        cpu.append(train(words))
         folder = Path(_twinsim("evaluate", words).rsplit("evaluation: ", 1)[1].strip())
         scores.append(json.loads((folder / "metrics.json").read_text())["scores"])
     return {"seeds": seeds, "training_cpu_s": cpu, "scores": scores}
+
+
+def train(words: list[str]) -> float | None:
+    """Trains a model, or goes on with it, or finds it trained; returns the CPU seconds of all its training, None if not all were measured.
+
+    The seconds are kept beside the model, those of an interrupted training too; finding a model trained adds none. The record is away
+    while the training goes on, so that where this process is killed, what it did not measure is not taken for nothing.
+    """
+    from twinsim import checkpoint, cli
+    from twinsim.run import places, resolve
+
+    model = places(resolve(cli._compose(words))).model
+    kept, saved = model / "training-cpu-s.json", model / "checkpoints"
+    begun = checkpoint.steps(saved)[-1:]
+    total = 0.0 if not begun else json.loads(kept.read_text()) if kept.exists() else None
+    kept.unlink(missing_ok=True)
+    spent = _spent()
+    try:
+        _twinsim("train", words)
+    finally:
+        reached = checkpoint.steps(saved)[-1:]
+        if total is not None and reached:
+            total += _spent() - spent if reached != begun else 0.0
+            kept.write_text(json.dumps(total))
+    return total
 
 
 def cost(out: Path, blocks: int = 4, states: int = 512) -> dict:
@@ -133,18 +153,27 @@ def cost(out: Path, blocks: int = 4, states: int = 512) -> dict:
     from twinsim import cli, run
 
     config = run.resolve(cli._compose(["domain=climate/generate", f"out={out}"]))
+    trained = run.training(config, cli.progress)
+    question, _ = trained.domain.exam(members=8, most=states // 8)
+    simulated: list[float] = []
+    drawn: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        clock = [time.process_time()]
-        speedy.simulate(Path(folder), blocks * speedy.BLOCK_DAYS, spinup_days=0, progress=lambda *_: clock.append(time.process_time()))
-        simulated = np.diff(clock)[1:] / speedy.BLOCK_DAYS  # the first block holds the compilation
-        trained = run.training(config, cli.progress)
-        question, _ = trained.domain.exam(members=8, most=states // 8)
-        drawn = []
-        for turn in range(4):
+        begun = time.process_time()
+
+        def turn(*_: int) -> None:
+            """After each block of days: takes its time, and draws once."""
+            nonlocal begun
+            simulated.append(time.process_time() - begun)
             begun = time.process_time()
-            run.draw(trained, question, run.drawing_settings(config), turn, Path(folder) / str(turn), "cost", lambda *_: None)
-            drawn.append((time.process_time() - begun) / (question.members * run.items_of(question)))
-    return {"simulated_day_cpu_s": float(np.median(simulated)), "generated_state_cpu_s": float(np.median(drawn[1:]))}
+            place = Path(folder) / f"drawn{len(drawn)}"
+            run.draw(trained, question, run.drawing_settings(config), len(drawn), place, "cost", lambda *_: None)
+            drawn.append(time.process_time() - begun)
+            begun = time.process_time()
+
+        speedy.simulate(Path(folder) / "simulated", blocks * speedy.BLOCK_DAYS, spinup_days=0, progress=turn)
+    day = np.median(simulated[1:]) / speedy.BLOCK_DAYS  # the first of each holds the compilation
+    state = np.median(drawn[1:]) / (question.members * run.items_of(question))
+    return {"simulated_day_cpu_s": float(day), "generated_state_cpu_s": float(state)}
 
 
 def _cost_table(result: dict) -> list[str]:
@@ -181,7 +210,7 @@ def _twinsim(verb: str, words: list[str]) -> str:
 
 
 def mean(result: dict, who: str, score: str) -> tuple[float, float]:
-    """Mean over seeds, and their standard deviation."""
+    """Mean over seeds, and their standard deviation; not a number where no seed has the score."""
     values = [one[who][score]["value"] for one in result["scores"] if score in one.get(who, {})]
     return (float(np.mean(values)), float(np.std(values))) if values else (np.nan, np.nan)
 
@@ -190,33 +219,52 @@ def judged(result: dict, target: Target) -> tuple[str, bool]:
     """What was asked, in words, and whether the mean over seeds reaches it."""
     value, _ = mean(result, MODEL, target.score)
     if target.score == "membership-inference AUC":
-        spans = [one[MODEL][target.score] for one in result["scores"]]
-        return "interval contains 0.5", all(span["low"] <= 0.5 <= span["high"] for span in spans)
+        spans = [one[MODEL][target.score] for one in result["scores"] if target.score in one[MODEL]]
+        return "interval contains 0.5", bool(spans) and all(span["low"] <= 0.5 <= span["high"] for span in spans)
     if target.beat:
         bar, _ = mean(result, target.beat, target.score)
-        return f"< {bar:.4g} ({target.beat})", value < bar
+        return f"< {_shown(bar)} ({target.beat})", value < bar
     low, high = target.low, target.high
     words = f"{low:g} to {high:g}" if np.isfinite(low) and np.isfinite(high) else f"<= {high:g}" if np.isfinite(high) else f">= {low:g}"
     return words, low <= value <= high
 
 
+def _shown(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.4g}"
+
+
+def _training(seconds: list[float | None]) -> str:
+    """How long the trainings took, in words."""
+    measured = [each for each in seconds if each is not None]
+    if not measured:
+        return "CPU time of training not measured"
+    of = "" if len(measured) == len(seconds) else f" ({len(measured)} of {len(seconds)} seeds measured)"
+    return f"{np.mean(measured) / 60:.1f} CPU minutes of training{of}"
+
+
 def table(task: str, result: dict) -> list[str]:
-    """Markdown: the model's mean and spread over seeds, its best baseline, the target, and whether it is reached."""
+    """Markdown: the model's mean and spread over seeds, its best baseline, the target, and whether it is reached.
+
+    A score that is left out (a change, where the true one may be none) shows as "-" and does not reach its target.
+    """
     if task == COST:
         return _cost_table(result)
     lines = [
-        f"\n**{task}**, seeds {', '.join(map(str, result['seeds']))}, {np.mean(result['training_cpu_s']) / 60:.1f} CPU minutes of training",
+        f"\n**{task}**, seeds {', '.join(map(str, result['seeds']))}, {_training(result['training_cpu_s'])}",
         "",
         "| score | twinsim | best baseline | target | reached |",
         "| --- | --- | --- | --- | --- |",
     ]
     for target in TASKS[task]:
         value, spread = mean(result, MODEL, target.score)
+        words, reached = judged(result, target)
+        if np.isnan(value):
+            lines.append(f"| {target.score} | - | - | {words} | {_yes(False)} |")
+            continue
+        ideal = next(one[MODEL][target.score]["ideal"] for one in result["scores"] if target.score in one[MODEL])
         others = [who for who in result["scores"][0] if who != MODEL and target.score in result["scores"][0][who]]
-        ideal = result["scores"][0][MODEL][target.score]["ideal"]
         best = min(others, key=lambda who: abs(mean(result, who, target.score)[0] - ideal), default="")
         beside = f"{mean(result, best, target.score)[0]:.4g} ({best})" if best else "none"
-        words, reached = judged(result, target)
         lines.append(f"| {target.score} | {value:.4g} ± {spread:.2g} | {beside} | {words} | {_yes(reached)} |")
     return lines
 

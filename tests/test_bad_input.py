@@ -342,9 +342,30 @@ def test_a_link_out_of_the_folder_is_not_followed(capsys, here, tmp_path_factory
     ],
 )
 def test_hostile_target_is_refused_before_anything_is_built(capsys, here, word, monkeypatch):
-    monkeypatch.setattr(run, "build", lambda node, **given: pytest.fail("built"))
+    monkeypatch.setattr(run, "build", lambda node, *at, **given: pytest.fail("built"))
     refused(capsys, "run", *words(here), word, says="_target_")
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("set=5", "config set: expected a table, got 5"),
+        ("~set", "config set: expected a table, got None"),
+        ("out=null", "config out: expected text, got None"),
+        ("scenario=5", "config scenario: expected the name or the file of a scenario, got 5"),
+        ("scale.mesh=5", "config scale.mesh: expected a table of whole numbers, got 5"),
+        ("~generate.tile", "config generate.tile: expected a number, got nothing"),
+        ("domain.splits=5", "config domain.splits: expected a table, got 5"),
+        ("domain.splits.train=[{time: ['2001']}]", "2001"),
+        ("domain.components=5", "config domain.components: expected a table with the `_target_` of a Components or null, got 5"),
+        ("optimizer.learning_rate=fast", "config optimizer.learning_rate: expected a number, got 'fast'"),
+    ],
+)
+def test_a_value_of_the_wrong_kind(capsys, here, word, says):
+    given = [each for each in words(here) if not (word.startswith("domain.splits") and each.startswith("domain.splits"))]
+    refused(capsys, "run", *given, word, says=says)
+    assert not list(here.glob("out/models/*/checkpoints"))
 
 
 def test_an_interpolation_that_does_not_resolve(capsys, here):

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from twinsim.base import BadInput, Bounds, Variable
 from twinsim.build import build, config_hash, resolve
+from twinsim.mesh import Preempted
 
 VARIABLE = {"_target_": "twinsim.base.Variable", "dims": ["lat"], "units": "K", "long_name": "temperature"}
 
@@ -182,7 +183,7 @@ def test_omegaconf_resolves_and_matches_plain():
         ({"_target_": "twinsim.base.Variable", "dims": []}, "missing a required argument: 'units', it takes dims, units"),
         ({"_target_": "optax.sgd", "learning_rate": 1, "_args_": 3}, "expected a list as `_args_`"),
         ({"_target_": "optax.sgd", "_args_": [1], "learning_rate": 1}, "multiple values for argument 'learning_rate'"),
-        ({"_target_": f"{HERE}.Tree", "left": {"_target_": f"{HERE}.fails"}}, "could not be built, the reason"),
+        ({"_target_": f"{HERE}.Tree", "left": {"_target_": f"{HERE}.fails"}}, "could not be built: the reason"),
         ({"units": "K"}, "expected a table with a `_target_`"),
         ([VARIABLE], "expected a table with a `_target_`"),
     ],
@@ -210,3 +211,44 @@ def test_config_hash():
     for wrong in ({"a": float("nan")}, {"a": {1: 2}}, {"a": object()}, {"a": b"x"}):
         with pytest.raises(BadInput, match="^config"):
             config_hash(wrong)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"components": 5}, "config domain.components: expected a table with the `_target_` of a Components or null, got 5"),
+        ({"splits": 5}, "config domain.splits: expected a table, got 5"),
+        ({"splits": {"train": {"time": 3}}}, "config domain.splits.train: expected a list, got {'time': 3}"),
+        ({"season": 1}, "config domain.season: expected true or false, got 1"),
+        ({"window": 1.5}, "config domain.window: expected a whole number, got 1.5"),
+        ({"quantities": {"tas": "K"}}, "config domain.quantities.tas: expected a table with the `_target_` of a Quantity, got 'K'"),
+        ({"dataset": 5}, "config domain: domains.climate.domain.Climate could not be built from "),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_by_its_place(values, says):
+    node = {"_target_": "domains.climate.domain.Climate", "name": "n", "dataset": None, "quantities": {"tas": None}, "splits": {}}
+    node["quantities"] = {"tas": {"_target_": "domains.climate.domain.Quantity", "units": "K", "long_name": "t"}}
+    with pytest.raises(BadInput) as caught:
+        build({**node, **values}, "domain")
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_error_of_a_part_keeps_its_words_its_place_and_its_cause(parts):
+    with pytest.raises(
+        BadInput, match=r"config it: generators.parts_for_test.fails could not be built: the reason \(ValueError in "
+    ) as caught:
+        build({"_target_": f"{HERE}.fails"}, "it")
+    assert isinstance(caught.value.__cause__, ValueError)
+    parts.ZeroDivision = type("Leaf", (), {"__init__": lambda self: 1 / 0, "__module__": HERE})
+    with pytest.raises(ZeroDivisionError):  # no mistake of a config
+        build({"_target_": f"{HERE}.ZeroDivision"})
+
+
+def test_a_part_that_was_asked_to_stop_says_so_itself(parts):
+    def leaves():
+        raise Preempted("asked")
+
+    leaves.__module__ = HERE
+    parts.leaves = leaves
+    with pytest.raises(Preempted, match="asked"):
+        build({"_target_": f"{HERE}.Tree", "left": {"_target_": f"{HERE}.leaves"}})

@@ -162,6 +162,37 @@ def test_a_finished_stream_draws_nothing(expected, tmp_path):
     assert again.blocks == []
 
 
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("batch", [8, 3])
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_bytes(path.read_bytes()[:7])], ids=["flipped", "cut"])
+def test_a_damaged_chunk_is_told_and_drawn_again(expected, tmp_path, damage, batch):
+    with pytest.raises(Killed):
+        stream(tmp_path, counting(drawer(), fatal=4))
+    damage(tmp_path / "arrays/sample/x/c/1/0/0/0")
+    told = []
+    with pytest.raises(Killed):  # killed again: the block must not count as done although its chunk is gone
+        stream(tmp_path, counting(drawer(), fatal=1), batch, report=told.append)
+    rest = counting(drawer())
+    np.testing.assert_array_equal(stream(tmp_path, rest, batch, report=told.append)[0], expected)
+    assert len(told) == 1 and "x/c/1/0/0/0: damaged; drawing 1-2:0-5 (members:items) again" in told[0]
+    if batch == 8:
+        assert rest.blocks == ["1-2:0-5", "3-4:0-5", "4-5:0-5", "5-6:0-5"]
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "sample/zarr.json", "sample/x/zarr.json"])
+def test_damaged_metadata_start_over(expected, tmp_path, name):
+    stream(tmp_path, drawer())
+    (tmp_path / "arrays" / name).write_text("{")
+    told = []
+    np.testing.assert_array_equal(stream(tmp_path, drawer(), report=told.append)[0], expected)
+    assert len(told) == 1 and "drawing all of them again" in told[0]
+
+
 def test_a_request_to_stop_is_heard_before_each_block(tmp_path):
     asked = iter([False, False, True])
 

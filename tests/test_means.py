@@ -153,10 +153,11 @@ def test_normal_scores_of_training_values_are_gaussian_and_come_back():
     assert (back[rain == 0] == 0).mean() > 0.97  # the node above the last dry one already rains
 
 
-def test_normal_scores_never_rain_less_than_nothing_and_grow_beyond_the_highest_value():
-    stat = {"quantiles": np.linspace(0.0, 5.0, 51, dtype=np.float32)[:, None, None] ** 2}
-    low, high, higher = (float(means.from_scores(stat, np.full((1, 1), s, np.float32))[0, 0]) for s in (-9.0, 3.25, 4.25))
-    assert low == 0.0 and high == pytest.approx(25.0) and higher > high
+def test_normal_scores_go_on_beyond_both_ends_with_the_last_slopes():
+    stat = {"quantiles": np.linspace(1.0, 5.0, 51, dtype=np.float32)[:, None, None] ** 2}
+    lower, low, high, higher = (float(means.from_scores(stat, np.full((1, 1), s, np.float32))[0, 0]) for s in (-4.0, -3.0, 3.25, 4.25))
+    assert low == pytest.approx(1.0) and lower == pytest.approx(1 - 8 * (1.08**2 - 1), abs=1e-4)
+    assert high == pytest.approx(25.0) and higher == pytest.approx(25 + 8 * (25 - 4.92**2), abs=1e-3)
 
 
 def test_season_spread_finds_a_known_annual_cycle_of_the_variance():

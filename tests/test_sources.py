@@ -1,8 +1,13 @@
 """Recorded climate: every file here is written with known contents, so what comes out is known too."""
 
+import functools
 import hashlib
+import http.server
+import importlib
 import json
 import os
+import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -157,7 +162,7 @@ def test_periods_and_months_in_every_calendar(tmp_path, calendar):
     assert open_cf(path, TAS, period=["2004-01-30", "2004-02"]).sizes["time"] == {"standard": 31, "noleap": 30, "360_day": 31}[calendar]
     winter = open_cf(path, TAS, period=["2003-12", "2004-02"], months=[12, 1, 2])
     assert winter.sizes["time"] == {"standard": 91, "noleap": 90, "360_day": 90}[calendar]
-    assert json.loads(winter.attrs["gaps"])["missing_time_steps"] == 0
+    assert json.loads(winter.attrs["gap_counts"])["missing_time_steps"] == 0
 
 
 @pytest.mark.parametrize(("calendar", "length"), [("standard", 366), ("noleap", 365), ("360_day", 360), ("julian", 366)])
@@ -235,21 +240,41 @@ def test_gaps_are_counted_reported_and_settled(tmp_path):
     with pytest.raises(BadInput, match="3 missing values of tas and 2 missing time steps from 2001-01-05T00:00:00 on"):
         open_cf(path, TAS)
     kept = open_cf(path, TAS, gaps="keep")
-    report = json.loads(kept.attrs["gaps"])
+    assert kept.attrs["gaps"].split("; ") == [
+        "3 values of tas missing in 2 time steps",
+        "1 cells of tas missing at every time",
+        "2 time steps absent, the first at 2001-01-05T00:00:00",
+    ]
+    report = json.loads(kept.attrs["gap_counts"])
     assert (report["missing_values"], report["always_missing_cells"]) == ({"tas": 3}, {"tas": 1})
     assert (report["time_steps_with_missing_values"], report["missing_time_steps"]) == (2, 2)
     assert report["first_missing_time_steps"] == ["2001-01-05T00:00:00", "2001-01-06T00:00:00"] and report["time_step"] == "1 day"
     assert np.isnan(kept["tas"]).sum() == 8 + 3
-    dropped = open_cf(path, TAS, gaps="drop")
-    assert dropped["time"].dt.day.values.tolist() == [1, 3, 4, 8, 9, 10] and np.isnan(dropped["tas"]).sum() == 6
+    with pytest.raises(BadInput, match="1 of 32 cells of tas have no value at any time .* choose a region"):
+        open_cf(path, TAS, gaps="drop")
+    dropped = open_cf(path, TAS, gaps="drop", region={"lat": [45, 90]})
+    assert dropped["time"].dt.day.values.tolist() == [1, 3, 4, 8, 9, 10] and np.isfinite(dropped["tas"]).all()
+    assert "which were left out" in dropped.attrs["gaps"]
+    with pytest.raises(BadInput, match="gaps='keep' leaves 11 missing values of t2m"):
+        truth.recorded(path, {"t2m": {"units": "K"}}, gaps="keep")
+
+
+def test_no_gap_is_no_word_and_a_block_with_some_values_is_no_gap(tmp_path):
+    made = dataset()
+    assert open_cf(save(made, tmp_path / "a.nc"), TAS).attrs["gaps"] == ""
+    made["t2m"][:, 0, 0] = np.nan
+    path = save(made, tmp_path / "b.nc")
+    with pytest.raises(BadInput, match="1 of 32 cells of tas have no value at any time"):
+        open_cf(path, TAS)
+    assert np.isfinite(open_cf(path, TAS, coarsen=2)["tas"]).all()
 
 
 def test_winters_and_months_are_regular(tmp_path):
     winters = dataset(days=800, start="2001-12-01", lon=LON[:1])
     winters = winters.isel(time=np.isin(winters["time"].dt.month, [12, 1, 2]))
-    assert json.loads(open_cf(save(winters, tmp_path / "a.nc"), TAS).attrs["gaps"])["missing_time_steps"] == 0
+    assert json.loads(open_cf(save(winters, tmp_path / "a.nc"), TAS).attrs["gap_counts"])["missing_time_steps"] == 0
     monthly = dataset(days=24, lon=LON[:1]).assign_coords(time=xr.date_range("2001-01-16", periods=24, freq="MS"))
-    report = json.loads(open_cf(save(monthly.isel(time=np.arange(24) != 7), tmp_path / "b.nc"), TAS, gaps="keep").attrs["gaps"])
+    report = json.loads(open_cf(save(monthly.isel(time=np.arange(24) != 7), tmp_path / "b.nc"), TAS, gaps="keep").attrs["gap_counts"])
     assert report["missing_time_steps"] == 1 and report["time_step"] == "1 month"
 
 
@@ -303,6 +328,43 @@ def test_a_url_is_pinned_by_the_values_that_were_read(tmp_path):
     same, again, other = pinned("a.zarr", 280.0), pinned("b.zarr", 280.0), pinned("c.zarr", 281.0)
     assert same["sha256"] == again["sha256"] != other["sha256"] and len(same["sha256"]) == 64 and same["size"] > 0
     record.Input(**same)  # what a run's record takes
+    several = truth._pinned([{"name": name, "sha256": None, "size": None} for name in "ab"], xr.Dataset({"tas": ("x", [1.0])}))
+    assert [each["name"] for each in several] == [f"{name}, the values read from all 2 inputs" for name in "ab"]
+    assert several[0]["sha256"] == several[1]["sha256"]
+
+
+class Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A Zarr store, and its address on a server of this process."""
+    dataset().to_zarr(tmp_path / "a.zarr", zarr_format=3, consolidated=True)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/a.zarr"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+def test_a_zarr_store_behind_http_opens(served):
+    pytest.importorskip("aiohttp")
+    pytest.importorskip("requests")
+    assert belongs(open_cf(served, TAS))
+    with pytest.raises(BadInput, match="b.zarr: "):
+        open_cf(served.replace("a.zarr", "b.zarr"), TAS)
+
+
+def test_a_url_whose_package_is_not_installed_names_the_command(served, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "http", raising=False)
+    with pytest.raises(BadInput, match=r"a.zarr: .*aiohttp.* pip install 'twinsim\[remote\]'"):
+        open_cf(served, TAS)
 
 
 # ---------------------------------------------------------------- patches

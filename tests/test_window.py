@@ -79,14 +79,17 @@ def test_samples_begin_where_enough_days_follow():
 
 def test_samples_do_not_cross_a_gap_or_a_branch():
     dataset = travelling_wave().isel(time=[*range(8), *range(20, 40)])
-    assert twin(dataset=dataset, splits={"train": [{}], "test": [{}]}).starts("train").tolist() == [*range(4), *range(8, 24)]
-    branches = dataset.isel(time=slice(8, None)).assign_coords(branch=("time", ["a"] * 10 + ["b"] * 10))
-    assert twin(dataset=branches, splits={"train": [{}], "test": [{}]}).starts("train").tolist() == [*range(6), *range(10, 16)]
+    held_out = travelling_wave().isel(time=slice(-10, None))
+    splits = {"train": [{"time": ["2001-01-01", "2001-12-31"]}], "test": [{"time": ["2004-12-01", "2004-12-31"]}]}
+    gappy = twin(dataset=xr.concat([dataset, held_out], "time"), splits=splits)
+    assert gappy.starts("train").tolist() == [*range(4), *range(8, 24)]
+    branches = xr.concat([dataset.isel(time=slice(8, None)), held_out], "time").assign_coords(branch=("time", ["a"] * 10 + ["b"] * 20))
+    assert twin(dataset=branches, splits=splits).starts("train").tolist() == [*range(6), *range(10, 16)]
 
 
 def test_a_split_without_enough_days_in_a_row_is_refused():
     with pytest.raises(BadInput, match="split test: selects nothing from the data, 5 days in a row,"):
-        twin(splits={"train": [{}], "test": [{"time": ["2004-01-01", "2004-01-03"]}]})
+        twin(splits={"train": [{"time": ["2001-01-01", "2003-12-31"]}], "test": [{"time": ["2004-01-01", "2004-01-03"]}]})
     with pytest.raises(BadInput, match="window: 5 days in a row want components"):
         twin(components=None)
 

@@ -4,6 +4,7 @@ A `_target_` names a class or function of twinsim, domains, generators or optax.
 built, since a config also comes back from checkpoints, which travel. Hydra's own blocklist is no boundary (hydra issue 3258).
 """
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -11,8 +12,12 @@ import importlib
 import inspect
 import json
 import math
+import numbers
 import os
 import pkgutil
+import traceback
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -33,29 +38,54 @@ MAX_VALUES = 100_000  # of a config read back from a file, aliases written out
 _RESERVED = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 
-def build(node: Any, **given: Any) -> Any:
+def build(node: Any, place: str = "", /, **given: Any) -> Any:
     """The object that `node` describes; `given` are arguments that exist only at run time, and win over the node's.
 
     Nested nodes are built first. With `_partial_: true` it returns a function that waits for the rest of its arguments.
+    `place` is where the node stands in its configuration, for what is said about it.
 
     Raises:
-      BadInput: a target outside the allow-list, one that does not exist, or arguments that it does not take.
+      BadInput: a target outside the allow-list, one that does not exist, arguments that it does not take, or values of which it
+        can make nothing; the error that said so is its cause.
     """
     node = plain(node)
     _check_size(node)
     if not isinstance(node, dict) or "_target_" not in node:
         raise BadInput(f"config: expected a table with a `_target_`, got {_show(node)}")
-    for place, inner in list(_targets(node, "")):  # the whole shape first
-        _check_call(inner, place, given if inner is node else {})
+    for where, inner in list(_targets(node, place)):  # the whole shape first
+        _check_call(inner, where, given if inner is node else {})
     # Hydra would copy `given` into a config and turn tuples and dataclasses into something else: they are bound outside of it.
     try:
         make = instantiate({**node, "_partial_": True, "_convert_": node.get("_convert_", "all")})
     except (InstantiationException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, BadInput):
+        if isinstance(cause, BadInput) or hasattr(cause, "exit_code"):  # a part that was asked to stop says so itself
             raise cause from None
-        raise BadInput(f"config {node['_target_']}: could not be built, {_first_line(cause)}") from error
-    return functools.partial(make, **given) if node.get("_partial_") else make(**given)
+        raise _unbuilt(node, place, cause) from error
+    if node.get("_partial_"):
+        return functools.partial(make, **given)
+    try:
+        return make(**given)
+    except BadInput:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _unbuilt(node, place, error) from error
+
+
+def _unbuilt(node: Mapping[str, Any], place: str, error: BaseException) -> BadInput:
+    """What was to be built, of which values, and what was said where: the place tells a wrong value from a fault of the code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else ""
+    values = ", ".join(f"{name}={_show(value)}" for name, value in node.items() if name not in _RESERVED and not _holds_target(value))
+    made_of = f" from {values}" if values else ""
+    said = f"{_first_line(error)} ({type(error).__name__}{where})"
+    return BadInput(f"config {place}: {node['_target_']} could not be built{made_of}: {said}".replace(" :", ":", 1))
+
+
+def _holds_target(node: Any) -> bool:
+    if isinstance(node, Mapping):
+        return "_target_" in node or any(map(_holds_target, node.values()))
+    return isinstance(node, list | tuple) and any(map(_holds_target, node))
 
 
 def check_targets(node: Any, place: str) -> None:
@@ -157,6 +187,86 @@ def _check_call(node: Mapping[str, Any], place: str, given: Mapping[str, Any]) -
         binding(*positional, **dict.fromkeys(arguments))
     except TypeError as error:
         raise BadInput(f"config {place}: {name} has {error}, it takes {', '.join(named) or 'none'}".replace(" :", ":")) from None
+    if name.partition(".")[0] != "optax":  # whose annotations are wider than ours
+        _check_values(target, {key: node[key] for key in node if key not in _RESERVED and key not in given}, place)
+
+
+def _check_values(target: Callable[..., Any], values: Mapping[str, Any], place: str) -> None:
+    """Raises BadInput where a value is plainly not of the kind that the target's annotation asks for."""
+    try:
+        parameters = inspect.signature(target, eval_str=True).parameters
+    except (AttributeError, NameError, SyntaxError, TypeError, ValueError):  # a name that only the type checker imports
+        return
+    for name, value in values.items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter.kind is parameter.VAR_KEYWORD or parameter.annotation is parameter.empty:
+            continue
+        if value is None and parameter.default is None:
+            continue
+        if misfit := _misfit(value, parameter.annotation, f"{place}.{name}" if place else name):
+            raise BadInput(f"config {misfit[0]}: expected {misfit[1]}, got {_show(misfit[2])}")
+
+
+def _misfit(value: Any, kind: Any, place: str) -> tuple[str, str, Any] | None:
+    """The first part of `value` that does not fit an annotation: where it stands, what was expected, and what is there.
+
+    Knows tables, lists, numbers, text, choices and our own dataclasses, which want a `_target_`; any other kind fits.
+    """
+    if isinstance(value, Mapping) and "_target_" in value:  # built, or called, before it is handed over
+        return None if _named(kind) not in ("true or false", "a whole number", "a number", "text") else (place, _named(kind), value)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        misfits = [_misfit(value, part, place) for part in parts]
+        if None in misfits:
+            return None
+        deeper = [misfit for misfit in misfits if misfit and misfit[0] != place]
+        return deeper[0] if len(deeper) == 1 else (place, _named(kind), value)
+    if origin is typing.Literal:
+        return None if value in parts else (place, _named(kind), value)
+    shape = origin or kind
+    wanted = _named(kind)
+    if not wanted:
+        return None
+    if wanted == "a table":
+        if not isinstance(value, Mapping):
+            return place, wanted, value
+        inner = parts[1] if len(parts) == 2 else Any
+        return next((found for key, each in value.items() if (found := _misfit(each, inner, f"{place}.{key}"))), None)
+    if wanted == "a list":
+        if not isinstance(value, list | tuple):
+            return place, wanted, value
+        each_kind = [parts[0]] * len(value) if len(parts) == 1 or (len(parts) == 2 and parts[1] is Ellipsis) else list(parts)
+        if parts and len(each_kind) != len(value):
+            return place, f"a list of {len(parts)} values", value
+        pairs = enumerate(zip(value, each_kind, strict=True)) if parts else ()
+        return next((found for index, (each, one) in pairs if (found := _misfit(each, one, f"{place}.{index}"))), None)
+    if wanted == "a number":
+        fits = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    elif wanted == "a whole number":
+        fits = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    else:
+        fits = isinstance(value, shape)
+    return None if fits else (place, wanted, value)
+
+
+def _named(kind: Any) -> str:
+    """What a user would call a kind of value; "" for those that are not checked."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_named(part) for part in parts))
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    shape = origin or kind
+    plain_kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    if shape in plain_kinds:
+        return plain_kinds[shape]
+    if shape in (dict, Mapping):
+        return "a table"
+    if shape in (list, tuple, Sequence):
+        return "a list"
+    if inspect.isclass(shape) and dataclasses.is_dataclass(shape) and _ours(shape.__module__):
+        return f"a table with the `_target_` of a {shape.__name__}"
+    return ""
 
 
 # ---------------------------------------------------------------- names

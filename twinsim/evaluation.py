@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import math
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from twinsim import files
-from twinsim.base import Baseline, Domain, Question, Sample, Score, Scores, Statistics
+from twinsim.base import BadInput, Baseline, Domain, Question, Sample, Score, Scores, Statistics
 
 MODEL = "twinsim"  # the generator's name among its baselines
 DONE = "metrics.json"  # written last
-TOLERANCE = 1e-3  # up to which a broken rule counts as kept: rounding of float32 fields
+TOLERANCE = 0.0  # up to which a broken rule counts as kept: a domain's `check` has cleared the rounding of its fields already
 MEMORY = "membership-inference AUC"
 
 Drawn = tuple[Sample, Mapping[str, np.ndarray]]  # samples `[member, item, ...]` and broken rules `[member, item]`
@@ -104,19 +106,33 @@ def write(folder: Path, evaluation: Evaluation, facts: Mapping[str, Any]) -> Non
 
 
 def read(folder: Path) -> Evaluation:
-    """What `write` left."""
-    scores = json.loads((folder / DONE).read_text())["scores"]
+    """What `write` left. Raises BadInput where it is damaged."""
+    table = read_scores(folder / DONE)
     curves, examples = (_arrays(folder / f"{name}.npz") for name in ("curves", "examples"))
-    table = {name: {key: _score(score) for key, score in each.items()} for name, each in scores.items()}
     return Evaluation({name: Scores(table[name], curves.get(name, {})) for name in table}, examples)
+
+
+def read_scores(path: Path) -> dict[str, dict[str, Score]]:
+    """The scores in a `metrics.json`: of `MODEL`, then of each baseline. Raises BadInput where it is damaged."""
+    try:
+        scores = json.loads(path.read_text())["scores"]
+        table = {name: {key: _score(score) for key, score in each.items()} for name, each in scores.items()}
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: expected the scores of an evaluation, it is damaged ({type(error).__name__})") from error
+    if MODEL not in table:
+        raise BadInput(f"{path}: expected the scores of {MODEL}, got those of {', '.join(table) or 'nobody'}")
+    return table
 
 
 def _arrays(path: Path) -> dict[str, dict[str, np.ndarray]]:
     found: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(path, allow_pickle=False) as arrays:
-        for name in arrays.files:
-            owner, _, key = name.partition("|")
-            found.setdefault(owner, {})[key] = arrays[name]
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                owner, _, key = name.partition("|")
+                found.setdefault(owner, {})[key] = arrays[name]
+    except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInput(f"{path}: expected arrays of an evaluation, it is damaged ({type(error).__name__})") from error
     return found
 
 

@@ -6,6 +6,7 @@ size; batches, devices and restarts only decide when and where a tile is compute
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from zarr.codecs import BytesCodec, Crc32cCodec
 
+from twinsim import files
 from twinsim.base import Array, BadInput, Condition, Constraint, Domain, Generator, Sample, Statistics, Target
 
 JOURNAL = "journal.jsonl"
+_DAMAGED = (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)  # what zarr raises for a chunk or metadata cut or flipped
 
 
 @dataclass(frozen=True)
@@ -180,11 +183,13 @@ def stream(
     identity: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
     stop: Callable[[], None] = lambda: None,
+    report: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[Sample, Mapping[str, np.ndarray]]:
     """Draws every block that is not yet in `store`, and returns all, memory-mapped by Zarr.
 
     A block counts as done when its line is in the journal, which is written after the block's chunks. `identity` names
     what is drawn; a store begun for something else is started over. `stop` is called before each block and may raise.
+    What was drawn before is read first: blocks of which a chunk is damaged are drawn again, and `report` is told.
 
     Returns:
       samples `[member, item, ...]` and broken rules `[member, item]` as Zarr arrays.
@@ -195,6 +200,7 @@ def stream(
         shutil.rmtree(store)
     elif done:
         os.truncate(journal, whole)  # a line that a kill tore
+        done = _without_damage(store, done, identity, report)
     store.mkdir(parents=True, exist_ok=True)
     group = zarr.open_group(store / "arrays", mode="a")
     kinds = {kind: group.require_group(kind) for kind in ("sample", "rule")}
@@ -226,6 +232,52 @@ def _array(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[i
     if isinstance(found := group.get(name), zarr.Array):
         return found
     return group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, serializer=BytesCodec(), compressors=[Crc32cCodec()])
+
+
+def _without_damage(store: Path, done: set[str], identity: str, report: Callable[[str], None]) -> set[str]:
+    """The blocks of `done` that can be read back; what is damaged is removed, all of it where the arrays do not open."""
+    try:
+        arrays = [array for _, group in zarr.open_group(store / "arrays", mode="r").groups() for _, array in group.arrays()]
+    except _DAMAGED as error:
+        report(f"{store / 'arrays'}: the draws made before are damaged ({type(error).__name__}); drawing all of them again")
+        shutil.rmtree(store)
+        return set()
+    damaged: list[Path] = []
+    lost: set[str] = set()
+    for array in arrays:
+        for file, part in damaged_chunks(array):
+            damaged.append(store / "arrays" / file)
+            lost |= {name for name in done if _overlaps(name, part[0], part[1])}
+    if not damaged:
+        return done
+    more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+    report(f"{damaged[0]}{more}: damaged; drawing {', '.join(sorted(lost)) or 'nothing'} (members:items) again")
+    kept = done - lost
+    journal = store / JOURNAL
+    entries = [{"identity": identity}, *({"block": name} for name in sorted(kept))] if kept else []
+    files.write_text(journal, "".join(json.dumps(entry) + "\n" for entry in entries))  # first: a chunk that is absent reads as zeros
+    for path in damaged:
+        path.unlink(missing_ok=True)
+    return kept
+
+
+def damaged_chunks(array: zarr.Array) -> Iterator[tuple[str, tuple[slice, ...]]]:
+    """Every chunk that cannot be read back: its file, seen from the store, and the part of the array that it holds."""
+    for place in np.ndindex(*(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True))):
+        part = tuple(slice(index * chunk, (index + 1) * chunk) for index, chunk in zip(place, array.chunks, strict=True))
+        try:
+            array[part]
+        except _DAMAGED:
+            yield "/".join([array.path, "c", *map(str, place)]), part
+
+
+def _overlaps(block: str, members: slice, items: slice) -> bool:
+    """Whether a block of the journal has draws in a rectangle; one whose name is not readable may have."""
+    found = re.fullmatch(r"(\d+)-(\d+):(\d+)-(\d+)", block)
+    if found is None:
+        return True
+    first, last, start, stop = map(int, found.groups())
+    return first < members.stop and members.start < last and start < items.stop and items.start < stop
 
 
 def _flush(folder: Path, chunks: tuple[int, ...], block: Block) -> None:

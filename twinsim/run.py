@@ -26,6 +26,7 @@ import jax
 import numpy as np
 import xarray as xr
 import yaml
+import zarr
 from flax import nnx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -118,13 +119,14 @@ def _missing(node: Any, place: str) -> Iterator[str]:
 
 def check(config: Config) -> None:
     """Everything about a configuration that can be known without its data. Raises BadInput."""
-    for part in ("domain", "generator", "optimizer", "train", "generate", "evaluate", "scale"):
+    for part in ("domain", "generator", "optimizer", "train", "generate", "evaluate", "scale", "set"):
         if not isinstance(config.get(part), Mapping):
             raise BadInput(f"config {part}: expected a table, got {config.get(part)!r}")
+    for name, value in (("out", config.get("out")), ("domain.name", config["domain"].get("name"))):
+        if not isinstance(value, str) or not value:
+            raise BadInput(f"config {name}: expected text, got {value!r}")
     for part in ("domain", "generator", "optimizer"):
         check_targets(config[part], part)
-    if not isinstance(config["domain"].get("name"), str):
-        raise BadInput(f"config domain.name: expected text, got {config['domain'].get('name')!r}")
     _whole_number(config, "seed", 0, 2**32 - 1)
     if unknown := sorted(set(config["evaluate"]) - {"members", "most"}):
         raise BadInput(f"config evaluate.{unknown[0]}: expected members or most")
@@ -133,7 +135,12 @@ def check(config: Config) -> None:
         _whole_number(config["evaluate"], "most", 2)
     _whole_number(config["generate"], "ema", 0, len(training_settings(config).ema) - 1)
     drawing_settings(config)
-    mesh.make_mesh(config["scale"]["mesh"])
+    if absent := [key for key in ("tile", "attempts") if key not in config["generate"]]:
+        raise BadInput(f"config generate.{absent[0]}: expected a number, got nothing")
+    sizes = config["scale"].get("mesh")
+    if not isinstance(sizes, Mapping) or not all(type(size) is int for size in sizes.values()):
+        raise BadInput(f"config scale.mesh: expected a table of whole numbers, got {sizes!r}")
+    mesh.make_mesh(sizes)
     _optimizer(config)
 
 
@@ -154,16 +161,11 @@ def _settings(part: str, values: Mapping[str, Any], target: str) -> Any:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise BadInput(f"config {part}.{name}: expected a number, got {value!r}")
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    try:
-        return build({"_target_": target, **given})
-    except BadInput as error:
-        raise BadInput(str(error).replace("config: ", f"config {part}: ").replace(f"{target} ", f"{part} ")) from None
-    except TypeError:
-        raise BadInput(f"config {part}: expected a number of each, got {dict(values)}") from None
+    return build({"_target_": target, **given}, part)
 
 
 def _optimizer(config: Config) -> Any:
-    return build(config["optimizer"], steps=training_settings(config).steps)
+    return build(config["optimizer"], "optimizer", steps=training_settings(config).steps)
 
 
 def _whole_number(values: Mapping[str, Any], name: str, least: int, most: int | None = None) -> None:
@@ -206,7 +208,7 @@ def open_domain(config: Config) -> Domain:
     """The domain with its truth; simulates it where the configuration says so and it is not there yet. Raises BadInput."""
     check(config)
     with files.alone(places(config).data, tell):
-        return build(config["domain"])
+        return build(config["domain"], "domain")
 
 
 def data(config: Config, progress: Progress, domain: Domain | None = None) -> Prepared:
@@ -229,7 +231,10 @@ def _check_inputs(kept: Path, domain: Domain, config: Config) -> None:
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(kept, json.dumps(now, indent=1))
-    before = json.loads(kept.read_text())
+    try:
+        before = dict(json.loads(kept.read_text()))
+    except (TypeError, ValueError):
+        raise BadInput(f"{kept}: damaged, expected the sha256 of each input; remove {kept.parent} to make the data again") from None
     if changed := [place for place in now if before.get(place, now[place]) != now[place]]:
         raise BadInput(
             f"{changed[0]}: its content has changed since {kept.parent} was made from it; expected the same file, or another out=FOLDER"
@@ -280,7 +285,7 @@ def training(config: Config, progress: Progress, domain: Domain | None = None) -
     where = places(config)
     devices = mesh.make_mesh(config["scale"]["mesh"])
     settings = training_settings(config)
-    module = build(config["generator"], spec=prepared.store.spec, rngs=nnx.Rngs(config["seed"]))
+    module = build(config["generator"], "generator", spec=prepared.store.spec, rngs=nnx.Rngs(config["seed"]))
     with files.alone(where.model, tell):
         where.model.mkdir(parents=True, exist_ok=True)
         files.write_text(where.model / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
@@ -316,7 +321,7 @@ def draw(
         return generate.compute(sampler, trained.params, statistics, question.condition, block, seed, settings.tile, trained.devices.size)
 
     with leaving(store) as stop:
-        return generate.stream(store, compute, question.members, items_of(question), settings.batch, identity, update, stop)
+        return generate.stream(store, compute, question.members, items_of(question), settings.batch, identity, update, stop, tell)
 
 
 def items_of(question: Question) -> int:
@@ -325,27 +330,44 @@ def items_of(question: Question) -> int:
 
 
 def evaluate(config: Config, progress: Progress, trained: Trained | None = None) -> Evaluation:
-    """Scores the trained generator and every baseline on the test split; found again where it was done."""
+    """Scores the trained generator and every baseline on the test split; found again where it was done on the same inputs."""
     check(config)
     where = places(config)
-    if not (where.evaluation / DONE).exists():
-        model = trained or training(config, progress)
+    domain = trained.domain if trained else open_domain(config)
+    with files.alone(where.data, tell):
+        _check_inputs(where.data / "inputs.json", domain, config)
+    judged = _judged_before(where.evaluation, tell)
+    if judged is None:
+        model = trained or training(config, progress, domain)
         settings, wanted = drawing_settings(config), config["evaluate"]
         with files.alone(where.evaluation, tell):
-            if not (where.evaluation / DONE).exists():
+            judged = _judged_before(where.evaluation)
+            if judged is None:
                 with files.whole(where.evaluation) as folder, leaving(folder) as stop:
 
                     def draws(question: Question, name: str, seed: int, update: Callable[..., None]) -> evaluation.Drawn:
                         return draw(model, question, settings, seed, folder / name, f"{where.evaluation.name} {name}", update)
 
                     judged = evaluation.judge(
-                        model.domain, model.statistics, draws, wanted["members"], wanted["most"], config["seed"], progress, stop
+                        model.domain, model.statistics, draws, wanted["members"], wanted.get("most"), config["seed"], progress, stop
                     )
                     facts = {"seed": config["seed"], "members": wanted["members"], "split": "test", "model": model.fingerprint}
                     evaluation.write(folder, judged, facts)
                     for part in ("test", "train"):
                         shutil.rmtree(folder / part, ignore_errors=True)
-    return evaluation.read(where.evaluation)
+                judged = evaluation.read(where.evaluation)
+    return judged
+
+
+def _judged_before(folder: Path, report: Callable[[str], None] = lambda sentence: None) -> Evaluation | None:
+    """What was judged before; None where nothing was, or where what there is was damaged."""
+    if not (folder / DONE).exists():
+        return None
+    try:
+        return evaluation.read(folder)
+    except BadInput as damaged:
+        report(f"{damaged}; judging again")
+        return None
 
 
 # ---------------------------------------------------------------- the whole chain
@@ -367,6 +389,8 @@ class Asked:
 
 def read_scenario(config: Config) -> Asked:
     """The scenario that the configuration names, checked by its domain's schema. Raises BadInput."""
+    if not isinstance(config.get("scenario"), str):
+        raise BadInput(f"config scenario: expected the name or the file of a scenario, got {config.get('scenario')!r}")
     path = scenario.find(config["scenario"])
     domain = config["domain"]
     schema = getattr(resolve_target(domain["_target_"], "domain"), "Scenario", None)
@@ -543,12 +567,31 @@ def reproduce(folder: Path, progress: Progress, tolerance: float) -> list[str]:
         if not needed.exists():
             raise BadInput(f"{folder}: expected the folder of a run, with {needed.relative_to(folder)}, found none")
     config, _ = scenario.parse(scenario.read(saved), str(saved), targets=True)
+    _check_readable(folder)
     with tempfile.TemporaryDirectory(prefix="twinsim-reproduce-") as scratch:
         fresh = deliver({**config, "out": scratch, "scenario": str(question.absolute())}, progress)
         differences = list(_differing_values(folder / "samples.zarr", fresh / "samples.zarr", tolerance))
         if tolerance == 0:
             differences += _differing_scores(folder, fresh)
     return differences
+
+
+def _check_readable(folder: Path) -> None:
+    """Raises BadInput where a file of a run that is to be compared is damaged."""
+    evaluation.read_scores(folder / DONE)
+    samples = folder / "samples.zarr"
+    try:
+        with xr.open_zarr(samples, consolidated=False):
+            damaged = [
+                file for _, array in sorted(zarr.open_group(samples, mode="r").arrays()) for file, _ in generate.damaged_chunks(array)
+            ]
+    except (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{samples}: expected the samples of a run, its metadata are damaged ({type(error).__name__})") from error
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise BadInput(
+            f"{samples / damaged[0]}{more}: damaged, expected the chunk that was recorded; `twinsim verify {folder}` tells what else is"
+        )
 
 
 def _differing_values(recorded: Path, fresh: Path, tolerance: float) -> Iterator[str]:
@@ -563,9 +606,10 @@ def _differing_values(recorded: Path, fresh: Path, tolerance: float) -> Iterator
                 gap = float(np.abs(old[name].values - new[name].values).max())
                 if not gap <= tolerance:
                     yield f"{name}: differs by up to {gap:.3g} {old[name].attrs.get('units', '')}, tolerance {tolerance:g}"
+        yield from (f"{name}: is not in what was recorded" for name in new.variables if name not in old.variables)
 
 
 def _differing_scores(recorded: Path, fresh: Path) -> list[str]:
-    old, new = (json.loads((folder / DONE).read_text())["scores"] for folder in (recorded, fresh))
-    changed = [f"{who}: {score}" for who in old for score in old[who] if old[who][score] != new.get(who, {}).get(score)]
+    old, new = (evaluation.read_scores(folder / DONE) for folder in (recorded, fresh))
+    changed = [f"{who}: {score}" for who in old for score in old[who] if repr(old[who][score]) != repr(new.get(who, {}).get(score))]
     return [f"{len(changed)} scores differ, the first of them {changed[0]}"] if changed else []

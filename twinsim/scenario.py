@@ -92,7 +92,9 @@ def find(name: str | Path, within: Path | None = None) -> Path:
         if not path.is_absolute() and path.parts[:1] == ("scenarios",):  # "scenarios/climate/heatwave.yaml" from anywhere
             path = Path(*path.parts[1:])
         if path.is_absolute() or ".." in path.parts:
-            raise BadInput(f"scenario {_show(str(name))}: no such file, expected a YAML file or one of the names of `twinsim run --help`")
+            raise BadInput(
+                f"scenario {_show(str(name))}: no such file, expected a YAML file or one of the names of `twinsim run --scenarios`"
+            )
         name = path.with_suffix("").as_posix()
     within = folder() if within is None else within
     known = names(within)

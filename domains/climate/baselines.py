@@ -86,7 +86,7 @@ class ClimatologyBootstrap:
         starts = kept if starts is None else starts
         if self.warming.forcing:
             size = np.abs(np.asarray(condition[self.warming.forcing]))
-            kept = np.flatnonzero(size <= size.min() + 1e-6)
+            kept = np.flatnonzero(size <= size[starts].min() + 1e-6)
         self.condition = {name: np.asarray(values)[kept] for name, values in condition.items() if np.ndim(values) == 1}
         self.sample = {name: _float32(values)[kept] for name, values in sample.items()}
         self.non_negative = frozenset(non_negative)

@@ -6,6 +6,8 @@ of the interpolated background corrected by a regression that is fitted out of f
 cell (`Cells`) or as joint principal components (`Components`).
 """
 
+import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +44,10 @@ from twinsim.base import (
 
 SPLITS = ("train", "validation", "test")
 NORMAL_SCORE = "normal_score"
+NUMBER = "number"  # the condition of a model that has no other
+ROUNDING = 1e-6  # of the largest value: twice what float32 leaves of an exact block mean
+GLOBAL = 150.0  # degrees of latitude that a grid covers which holds the mass of the atmosphere
+BALANCE_KEPT = 1.5  # times the largest imbalance of a training day
 SPREAD_FLOOR = 1e-3  # of a transformed variable: where the truth never varies, the residual is not blown up
 
 
@@ -181,6 +187,10 @@ class Climate:
             ny, nx = self.grid
             if ny % self.background.factor or nx % self.background.factor:
                 raise BadInput(f"background: factor {self.background.factor} does not divide the grid of {ny} x {nx} cells")
+        rows = {split: self.rows(split) for split in SPLITS}
+        for first, second in itertools.combinations(SPLITS, 2):
+            if both := len(np.intersect1d(rows[first], rows[second])):
+                raise BadInput(f"splits: {first} and {second} share {both} of the samples, expected none; {self._extent()}")
         for split in SPLITS:
             if split != "validation" and not len(self.starts(split)):
                 raise BadInput(f"split {split}: selects nothing from the data{self._in_a_row()}; {self._extent()}")
@@ -235,12 +245,13 @@ class Climate:
         if self.season:
             named["day_of_year"] = Variable((), "day", "day of the year, 0 at its start")
         if self.forcing:
-            named[self.forcing] = Variable((), "K", "warming of the sea surface")
+            told = self.dataset[self.forcing].attrs
+            named[self.forcing] = Variable((), str(told.get("units", "K")), str(told.get("long_name", "warming of the sea surface")))
         if self.background:
             coarse = tuple(f"{dim}_coarse" for dim in self.dims)
             for name, quantity in self.quantities.items():
                 named[f"coarse_{name}"] = quantity.variable(coarse)
-        return named
+        return named or {NUMBER: Variable((), "1", "number of the sample, which tells nothing")}
 
     def rows(self, split: str) -> np.ndarray:
         """Positions of a split's samples along the item axis, in order. Raises BadInput."""
@@ -277,6 +288,8 @@ class Climate:
         values = self.dataset[coordinate]
         if not isinstance(wanted, Sequence) or isinstance(wanted, str):
             return (values == wanted).values
+        if len(wanted) != 2:
+            raise BadInput(f"split: {coordinate}: expected a value or [first, last], got {wanted!r}")
         first, last = wanted
         if coordinate == "time":
             axis = xr.DataArray(np.arange(values.size), {"time": values}, ["time"])
@@ -324,13 +337,14 @@ class Climate:
         if self.background:
             sample = self.truth(rows) if sample is None else sample
             named |= {f"coarse_{name}": grid.coarsen(np.asarray(values), self.background.factor) for name, values in sample.items()}
-        return named
+        return named or {NUMBER: np.arange(len(rows), dtype=np.float32)}
 
     def daily(self, condition: Condition) -> Condition:
         """Conditions `[...]` of samples as those of each of their days, `[..., day]`."""
         named = {name: jnp.repeat(jnp.asarray(v)[..., None], self.window, axis=-1) for name, v in condition.items()}
         if "day_of_year" in named:
-            named["day_of_year"] = (named["day_of_year"] + jnp.arange(self.window, dtype=np.float32)) % means.YEAR
+            first = named["day_of_year"]
+            named["day_of_year"] = (first + jnp.broadcast_to(jnp.arange(self.window, dtype=np.float32), first.shape)) % means.YEAR
         return named
 
     def as_days(self, samples: Sample) -> Sample:
@@ -362,7 +376,7 @@ class Climate:
             days = np.asarray(condition.get("day_of_year", np.zeros(len(rows), np.float32)))
             own = {name: None if name in statistics["scores"] else extra for name in transformed}  # scores carry their response
             statistics["climatology"] = {name: self._fit_mean(v, days, own[name]) for name, v in transformed.items()}
-            expected = {name: np.asarray(self._expected(statistics, name, condition)) for name in transformed}
+            expected = {name: self._expected_of(statistics, name, v, condition) for name, v in transformed.items()}
             cellwise = (0,)
         residual = {name: transformed[name] - expected[name] for name in transformed}
         if not self.background:
@@ -443,7 +457,9 @@ class Climate:
             return self.quantities[name].maps.inverse(transformed)
         stat = statistics["scores"][name]
         factor = means.relative_response(stat, condition[self.forcing]) if self.forcing else 1.0
-        return means.from_scores(stat, transformed) * factor
+        value = means.from_scores(stat, transformed) * factor
+        lower = self.quantities[name].lower
+        return jnp.maximum(value, lower) if np.isfinite(lower) else value
 
     def _fit_mean(self, values: np.ndarray, days: np.ndarray, extra: np.ndarray | None) -> Statistics:
         """Climatology of a transformed variable; the pattern of its response is trusted as far as two halves of the data agree."""
@@ -518,8 +534,12 @@ class Climate:
         if self.background:
             return self._interpolate(statistics, name, condition) + self._regress(statistics, name, condition)
         extra = condition[self.forcing] if self.forcing else None
-        days = condition["day_of_year"] if self.season else jnp.zeros(())
+        days = condition["day_of_year"] if self.season else jnp.zeros_like(extra) if self.forcing else jnp.zeros(())
         return means.harmonics(statistics["climatology"][name], days, extra)
+
+    def _expected_of(self, statistics: Statistics, name: str, transformed: np.ndarray, condition: Condition) -> np.ndarray:
+        """What is expected of recorded samples, of the shape of `transformed` `[n, y, x]`."""
+        return np.broadcast_to(np.asarray(self._expected(statistics, name, condition)), transformed.shape)
 
     def _fit_spreads(self, statistics: dict[str, Any], residual: dict[str, np.ndarray], condition: Condition) -> dict[str, np.ndarray]:
         """Fits how the residual's spread changes with season and forcing; returns residuals `[n, y, x]` freed of both."""
@@ -535,13 +555,14 @@ class Climate:
             statistics["spread"] = spread
         return residual
 
-    def _spread(self, statistics: Statistics, name: str, condition: Condition) -> Array:
-        """Standard deviation of the residual on this day and at this forcing, relative to that of all days at none, `[..., y, x]`."""
+    def _spread(self, statistics: Statistics, name: str, condition: Condition, expected: Array | None = None) -> Array:
+        """Relative standard deviation of the residual on this day, at this forcing and where so much is expected, `[..., y, x]`."""
         factor: Array = np.ones((), np.float32)
         if "season_spread" in statistics:
             factor = means.season_spread(statistics["season_spread"][name], condition["day_of_year"])
         if "background_spread" in statistics:
-            factor = means.spread_of_expected(statistics["background_spread"][name], self._expected(statistics, name, condition))
+            expected = self._expected(statistics, name, condition) if expected is None else expected
+            factor = means.spread_of_expected(statistics["background_spread"][name], expected)
         if "spread" in statistics and self.forcing:
             factor = factor * jnp.exp(statistics["spread"][name] * jnp.asarray(condition[self.forcing]))[..., None, None]
         return factor
@@ -560,7 +581,7 @@ class Climate:
         truth = self.truth(rows)
         condition = self.conditions(rows, truth)
         transformed = self._transformed(statistics, truth, condition)
-        expected = {name: np.asarray(self._expected(statistics, name, condition)) for name in transformed}
+        expected = {name: self._expected_of(statistics, name, v, condition) for name, v in transformed.items()}
         if self.background and split == "train":
             raw = {name: np.asarray(self._interpolate(statistics, name, condition)) for name in self.quantities}
             fitted = self._fit_regression({name: transformed[name] - raw[name] for name in raw}, condition)
@@ -587,7 +608,7 @@ class Climate:
             yield Example(target, np.zeros((len(chosen), self.window, 0), np.float32), daily.scalars[chosen])
 
     def _example(self, statistics: Statistics, transformed: Sample, expected: Sample, condition: Condition) -> Example:
-        spread = {name: self._spread(statistics, name, condition) for name in self.quantities}
+        spread = {name: self._spread(statistics, name, condition, expected[name]) for name in self.quantities}
         residual = {name: (transformed[name] - expected[name]) / spread[name] for name in self.quantities}
         fields, scalars = self._encode(statistics, condition, expected)
         if self.components:
@@ -639,8 +660,9 @@ class Climate:
             residual = {name: v * statistics["residual_scale"][name] for name, v in codec.unstack(target, names).items()}
         sample = {}
         for name, quantity in self.quantities.items():
-            spread = self._spread(statistics, name, condition)
-            value = self._restored(statistics, name, self._expected(statistics, name, condition) + spread * residual[name], condition)
+            expected = self._expected(statistics, name, condition)
+            spread = self._spread(statistics, name, condition, expected)
+            value = self._restored(statistics, name, expected + spread * residual[name], condition)
             if self.background and self.background.conserve:
                 coarse = condition[f"coarse_{name}"]
                 value = grid.conserve_block_mean(value, coarse, self.background.factor, quantity.conserve)
@@ -689,8 +711,46 @@ class Climate:
                 broken[f"{name} above {quantity.upper:g} {quantity.units}"] = physics.above(sample[name], quantity.upper)
             if self.background and self.background.conserve:
                 coarse = condition[f"coarse_{name}"]
-                broken[f"{name} block mean, {quantity.units}"] = physics.block_mean_mismatch(sample[name], coarse, self.background.factor)
+                mismatch = physics.block_mean_mismatch(sample[name], coarse, self.background.factor)
+                broken[f"{name} block mean, {quantity.units}"] = jnp.maximum(mismatch - ROUNDING * jnp.max(jnp.abs(coarse)), 0.0)
+        return {**broken, **self._balance(sample)}
+
+    def _balance(self, sample: Sample) -> dict[str, Array]:
+        """How far global mass and the balance of wind and mass lie beyond what the training days show, where they can be told."""
+        broken: dict[str, Array] = {}
+        if "mass" in self._usual_balance:
+            mean, most = self._usual_balance["mass"]
+            off = jax.vmap(lambda ps: physics.mass_deviation(ps, self.weights[:, 0], mean))(self._each_day(sample["ps"]))
+            broken["mass of the atmosphere, Pa of global mean pressure"] = jnp.maximum(jnp.max(off) - most, 0.0)
+        if "geostrophic" in self._usual_balance:
+            (most,) = self._usual_balance["geostrophic"]
+            latitude = self.dataset[self.dims[0]].values
+            fields = [self._each_day(sample[name]) for name in scores.GEOSTROPHIC]
+            residual = jax.vmap(functools.partial(physics.geostrophic_residual, lat=latitude))(*fields)
+            broken["geostrophic balance, residual / spread of the wind"] = jnp.maximum(jnp.max(residual) - most, 0.0)
         return broken
+
+    def _each_day(self, values: Array) -> Array:
+        return jnp.reshape(values, (-1, *self.grid))
+
+    @cached_property
+    def _usual_balance(self) -> Mapping[str, tuple[float, ...]]:
+        """Mean mass and how far a day may be from it; how large the geostrophic residual of a day may be: from training days."""
+        usual: dict[str, tuple[float, ...]] = {}
+        if self.background or not self.periodic[1]:
+            return usual
+        rows = self.rows("train")
+        latitude = self.dataset[self.dims[0]].values
+        if "ps" in self.quantities and float(np.ptp(latitude)) > GLOBAL:
+            pressure = (self.dataset["ps"].values[rows].astype(np.float64) * self.weights).mean((1, 2))
+            mean = float(pressure.mean())
+            usual["mass"] = (mean, BALANCE_KEPT * float(np.abs(pressure - mean).max()))
+        if set(scores.GEOSTROPHIC) <= set(self.quantities) and physics.has_mid_latitudes(latitude):
+            few = rows[:: max(1, len(rows) // 200)]
+            fields = [self.dataset[name].values[few].astype(np.float32) for name in scores.GEOSTROPHIC]
+            residual = jax.vmap(functools.partial(physics.geostrophic_residual, lat=latitude))(*fields)
+            usual["geostrophic"] = (BALANCE_KEPT * float(np.max(residual)),)
+        return usual
 
     def baselines(self, statistics: Statistics) -> Mapping[str, Baseline]:
         rows = self.rows("train")
@@ -776,14 +836,17 @@ class Climate:
     def dataset_of(self, samples: Sample, question: Question) -> xr.Dataset:
         """Generated samples `[member, item, y, x]` as a CF dataset that says it is synthetic."""
         keep = [name for name in self.dataset.coords if set(self.dataset[name].dims) <= set(self.dims)]
+        cell_number = {"units": "1", "long_name": "cell number"}
         data = {}
         samples = self.as_days(samples)
         coords = {**question.coords, self.item: (self.item, self.dates(question))}
         for name, variable in self.sample.items():
             attrs = {"units": variable.units, "long_name": f"synthetic {variable.long_name}", "cell_methods": variable.cell_methods}
             attrs |= {"standard_name": variable.standard_name} if variable.standard_name else {}
+            mapping = str(self.dataset[name].attrs.get("grid_mapping") or self.dataset[name].encoding.get("grid_mapping"))
+            attrs |= {"grid_mapping": mapping} if mapping in keep else {}
             data[name] = (("member", self.item, *self.dims), samples[name], attrs)
-        axes = {name: (self.dataset[name].dims, self.dataset[name].values, self.dataset[name].attrs) for name in keep}
+        axes = {name: (self.dataset[name].dims, self.dataset[name].values, self.dataset[name].attrs or cell_number) for name in keep}
         members = next(iter(samples.values())).shape[0]
         realization = ("member", np.arange(members), {"standard_name": "realization", "long_name": "member", "units": "1"})
         made = xr.Dataset(data, {**axes, **coords, "member": realization})
@@ -814,6 +877,10 @@ class Climate:
     def limits(self) -> Sequence[str]:
         """What this twin cannot tell, in plain words."""
         told = [f"The truth is {self.dataset.attrs.get('source', 'a recorded data set')}; its errors are learnt with it."]
+        if gaps := self.dataset.attrs.get("gaps"):
+            told.append(f"Gaps in the truth: {gaps}.")
+        if self._another_climate():
+            told.append("Whether it gives away training days is not tested beyond exact copies: the held-out climate is another one.")
         if self.background:
             told.append("Detail below the background's cells is plausible, not observed; block means are those of the background.")
         else:

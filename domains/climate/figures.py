@@ -60,14 +60,19 @@ def _asked(domain: "Climate", asked: Any, question: Question) -> Section:
     rows = [["What", "Value"], ["Twin", domain.name], ["Members", str(question.members)], [f"{item} steps of each", str(len(axis))]]
     if item == "time":
         rows.append(["From, to", f"{str(axis[0])[:10]}, {str(axis[-1])[:10]}"])
-    if domain.forcing and asked.sst_offset is not None:
-        rows.append(["Warming of the sea surface", f"{asked.sst_offset:+g} K"])
+    if domain.forcing and asked.forced is not None:
+        what, units = questions.forcing_words(domain)
+        sign = "+" if domain.forcing == questions.SST else ""
+        rows.append([what[:1].upper() + what[1:], f"{asked.forced:{sign}g} {_units(units)}".strip()])
     for impose in asked.impose:
         level = impose.above_quantile or impose.below_quantile
         side = "above" if impose.above_quantile else "below"
         where = f"lat {impose.box.lat[0]:g} to {impose.box.lat[1]:g}, lon {impose.box.lon[0]:g} to {impose.box.lon[1]:g}"
         rows.append(
-            ["Imposed", f"mean of {impose.variable} over {where} {side} the {level:.0%} quantile of the season's training {_items(domain)}"]
+            [
+                "Imposed",
+                f"mean of {impose.variable} over {where} {side} the {100 * level:g}% quantile of the season's training {_items(domain)}",
+            ]
         )
     if asked.observe:
         rows.append(["Observations", "; ".join(f"{o.variable} = {o.value:g} at {o.lat:g}, {o.lon:g}" for o in asked.observe[:5])])
@@ -172,9 +177,10 @@ def _around(domain: "Climate", box: questions.Box) -> tuple[np.ndarray, np.ndarr
         return None
     latitude, longitude = domain.dataset[y].values, domain.dataset[x].values
     rows = np.flatnonzero((latitude >= box.lat[0] - MARGIN) & (latitude <= box.lat[1] + MARGIN))
-    width = (box.lon[1] - box.lon[0]) % 360
-    east = (longitude - box.lon[0] + 1.5 * MARGIN) % 360
-    columns = np.argsort(east, kind="stable")[: int((east <= min(width + 3 * MARGIN, 360)).sum())]
+    width = (box.lon[1] - box.lon[0]) % 360 or 360.0  # as `questions.box_weights` has it
+    margin = 1.5 * MARGIN if width < 360 else 0.0
+    east = (longitude - box.lon[0] + margin) % 360
+    columns = np.argsort(east, kind="stable")[: int((east <= min(width + 2 * margin, 360)).sum())]
     return rows, columns
 
 

@@ -119,11 +119,11 @@ def fit_spread_of_expected(residual: np.ndarray, expected: np.ndarray) -> Statis
     value, square = np.asarray(expected, np.float64).ravel(), np.asarray(residual, np.float64).ravel() ** 2
     edges = np.quantile(value, np.linspace(0, 1, SPREAD_NODES + 1)[1:-1])
     group = np.searchsorted(edges, value)
-    count = np.maximum(np.bincount(group, minlength=SPREAD_NODES), 1)
-    node = np.bincount(group, value, SPREAD_NODES) / count
-    spread = np.sqrt(np.bincount(group, square, SPREAD_NODES) / count / square.mean()) + STILL
-    kept = np.concatenate([[True], np.diff(node) > 0])  # classes of many equal values (no rain) fall together
-    return {"node": node[kept].astype(np.float32), "spread": spread[kept].astype(np.float32)}
+    count = np.bincount(group, minlength=SPREAD_NODES)
+    filled = count > 0  # classes of many equal values (no rain) fall together
+    node = np.bincount(group, value, SPREAD_NODES)[filled] / count[filled]
+    spread = np.sqrt(np.bincount(group, square, SPREAD_NODES)[filled] / count[filled] / square.mean()) + STILL
+    return {"node": node.astype(np.float32), "spread": spread.astype(np.float32)}
 
 
 def spread_of_expected(stat: Statistics, expected: Array) -> Array:
@@ -173,13 +173,16 @@ def to_scores(stat: Statistics, values: np.ndarray, seed: int = 0) -> np.ndarray
 
 
 def from_scores(stat: Statistics, scores: Array) -> Array:
-    """The values `[y, x]` of standard-normal scores `[y, x]`, linear between nodes and, with the last slope, beyond the highest."""
+    """The values `[y, x]` of standard-normal scores `[y, x]`, linear between nodes and, with the outermost slopes, beyond them.
+
+    Below the lowest node a variable with a bound, such as rain, has to be clipped by the caller.
+    """
     xp = array_module(scores, stat["quantiles"])
     place = (scores - SCORE_ENDS[0]) / SCORE_STEP
     node = xp.clip(xp.floor(place), 0, len(stat["quantiles"]) - 2).astype(xp.int32)
     below = xp.take_along_axis(stat["quantiles"], node[None], axis=0)[0]
     above = xp.take_along_axis(stat["quantiles"], node[None] + 1, axis=0)[0]
-    return below + (above - below) * xp.maximum(place - node.astype(place.dtype), 0.0)
+    return below + (above - below) * (place - node.astype(place.dtype))
 
 
 def fit_relative_response(values: np.ndarray, days: np.ndarray, extra: np.ndarray, weights: np.ndarray) -> Statistics:

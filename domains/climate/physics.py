@@ -65,6 +65,11 @@ def mass_deviation(ps: Array, weights: np.ndarray, expected: Array | float) -> A
     return jnp.abs(global_mean(ps - expected, weights))  # the mean of a small difference, for float32
 
 
+def has_mid_latitudes(lat: np.ndarray) -> bool:
+    """Whether a grid has rows where the wind is nearly geostrophic."""
+    return bool(((np.abs(lat) > MID_LATITUDES[0]) & (np.abs(lat) < MID_LATITUDES[1])).any())
+
+
 def _mid_latitudes(ua: Array, zg: Array, ta: Array, ps: Array, lat: np.ndarray) -> tuple[Array, Array]:
     inside = (np.abs(lat) > MID_LATITUDES[0]) & (np.abs(lat) < MID_LATITUDES[1])
     if not inside.any():

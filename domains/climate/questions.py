@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from domains.climate.domain import Climate
 
 MOST_DAYS = 40_000  # in one scenario, about a century
-WINDOW = 15  # days either side of a date whose training days make a threshold
+SEASON = 15  # days either side of a date whose training days make a threshold
+SST = "sst_offset"  # the forcing that scenarios call by its own name, and that is 0 where they say nothing
+MOST_WARMING = 10.0  # K, either way
+MISPLACED = 0.1  # of a coarse cell: how far a cell of a background file may lie from the block of the model's grid
 
 
 class _Part(pydantic.BaseModel):
@@ -83,19 +86,26 @@ class ClimateScenario(Scenario):
 
     Attributes:
       period: the days to draw. With a background, the days to take from it; all of them where it is left out.
-      sst_offset: warming of the sea surface, K, where the model was trained with one.
+      sst_offset: warming of the sea surface, K, where the model was trained with one; none where it is left out.
+      forcing: value of whatever the model was trained with (`forcing` of its domain), in that coordinate's units.
       impose, observe: what every drawn day must keep.
       background: coarse fields, where the model downscales.
     """
 
     period: Period | None = None
-    sst_offset: float | None = pydantic.Field(default=None, ge=-10, le=10)
+    sst_offset: float | None = pydantic.Field(default=None, ge=-MOST_WARMING, le=MOST_WARMING)
+    forcing: float | None = pydantic.Field(default=None, allow_inf_nan=False)
     impose: list[Impose] = pydantic.Field(default=[], max_length=8)
     observe: list[Observe] = pydantic.Field(default=[], max_length=200)
     background: Background | None = None
 
     def files(self) -> list[str]:
         return [self.background.file] if self.background and self.background.file else []
+
+    @property
+    def forced(self) -> float | None:
+        """The value of the forcing under either of its names."""
+        return self.forcing if self.sst_offset is None else self.sst_offset
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,8 @@ class ClimateQuestion(Question):
 
 def ask(domain: "Climate", scenario: ClimateScenario, folder: Path) -> Question:
     """A checked scenario as conditions `[day, ...]` and constraints. Raises BadInput."""
+    if scenario.period and domain.item != "time":
+        raise BadInput(f"scenario {scenario.title!r}: period: the samples of {domain.name} lie along {domain.item} and have no dates")
     if domain.background:
         condition, coords = _from_background(domain, scenario, folder)
     else:
@@ -114,17 +126,57 @@ def ask(domain: "Climate", scenario: ClimateScenario, folder: Path) -> Question:
             raise BadInput(f"scenario {scenario.title!r}: background is for a model that downscales, {domain.name} does not")
         condition, coords = _from_period(domain, scenario)
     days = len(next(iter(coords.values()))[1])
-    if scenario.sst_offset is not None and domain.forcing != "sst_offset":
-        raise BadInput(f"scenario {scenario.title!r}: sst_offset is set, but {domain.name} was not trained with one")
-    if domain.forcing:
-        condition[domain.forcing] = np.full(days, scenario.sst_offset or 0.0, np.float32)
+    condition |= _forced(domain, scenario, condition, days)
     imposed = [_imposed(domain, each, condition) for each in scenario.impose]
     for index, (_, _, threshold) in enumerate(imposed):
         condition[f"threshold{index}"] = threshold
     observed = [_observed(domain, each) for each in scenario.observe]
     constrain, misses = _constraints(domain, imposed, observed)
-    notes = _notes(domain, scenario)
+    notes = _notes(domain, scenario, condition)
     return ClimateQuestion(condition, scenario.members, coords, scenario.title, constrain, misses, notes, tuple(scenario.impose))
+
+
+def _forced(domain: "Climate", scenario: ClimateScenario, condition: Condition, days: int) -> Condition:
+    """The forcing of each item `[item]`: what the scenario says, else that of the held-out days, else no warming. Raises BadInput."""
+    where, name = f"scenario {scenario.title!r}", domain.forcing
+    given = "forcing" if scenario.sst_offset is None else SST
+    if scenario.sst_offset is not None and scenario.forcing is not None:
+        raise BadInput(f"{where}: expected one of sst_offset and forcing, got both")
+    if name is None:
+        if scenario.forced is not None:
+            raise BadInput(f"{where}: {given} is set, but {domain.name} was not trained with one")
+        return {}
+    if given == SST and name != SST:
+        raise BadInput(f"{where}: sst_offset is set, but {domain.name} was not trained with one; give {name} as forcing")
+    if name == SST and abs(scenario.forced or 0.0) > MOST_WARMING:
+        raise BadInput(f"{where}: forcing: expected a warming from {-MOST_WARMING:g} to {MOST_WARMING:g} K, got {scenario.forced:g}")
+    if scenario.forced is None:
+        if name in condition:
+            return {name: condition[name]}
+        if name != SST:
+            low, high = _seen(domain)
+            raise BadInput(
+                f"{where}: expected a forcing, {domain.name} was trained with {name} from {low:g} to {_with_units(domain, high)}"
+            )
+    return {name: np.full(days, scenario.forced or 0.0, np.float32)}
+
+
+def _seen(domain: "Climate") -> tuple[float, float]:
+    """Least and greatest forcing of the training days."""
+    values = domain.dataset[domain.forcing].values[domain.rows("train")].astype(np.float32)
+    return float(values.min()), float(values.max())
+
+
+def _with_units(domain: "Climate", value: float) -> str:
+    return f"{value:g} {forcing_words(domain)[1]}".strip()
+
+
+def forcing_words(domain: "Climate") -> tuple[str, str]:
+    """What the forcing is, and its units, "" where the data state none."""
+    if domain.forcing == SST:
+        return "warming of the sea surface", "K"
+    attrs = domain.dataset[domain.forcing].attrs
+    return str(attrs.get("long_name", domain.forcing)), str(attrs.get("units", ""))
 
 
 def _from_period(domain: "Climate", scenario: ClimateScenario) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -165,6 +217,11 @@ def _from_background(domain: "Climate", scenario: ClimateScenario, folder: Path)
         condition = dict(domain.conditions(rows))
         axis = domain.dataset[domain.item].values[rows] if domain.item in domain.dataset.coords else rows
         return condition, {domain.item: (domain.item, axis)}
+    if domain.item != "time":
+        raise BadInput(
+            f"scenario {scenario.title!r}: background: a file holds days, but the samples of {domain.name} lie along {domain.item}"
+            " and have no place; expected held_out: true"
+        )
     path = inside(folder, scenario.background.file or "")
     names = {name: {"name": name, "units": quantity.units} for name, quantity in domain.quantities.items()}
     period = (scenario.period.start, scenario.period.end) if scenario.period else None
@@ -172,9 +229,10 @@ def _from_background(domain: "Climate", scenario: ClimateScenario, folder: Path)
     want = tuple(cells // domain.background.factor for cells in domain.grid)
     condition = {}
     for name, quantity in domain.quantities.items():
-        values = coarse[name].values.astype(np.float32)[:: scenario.period.every if scenario.period else 1]
-        if values.shape[1:] != want:
-            raise BadInput(f"background {path.name}: {name}: expected a grid of {want[0]} x {want[1]} cells, got {values.shape[1:]}")
+        field = coarse[name][:: scenario.period.every if scenario.period else 1]
+        if field.shape[1:] != want:
+            raise BadInput(f"background {path.name}: {name}: expected a grid of {want[0]} x {want[1]} cells, got {field.shape[1:]}")
+        values = field.values[np.ix_(np.arange(len(field)), *_blocks(domain, field, f"background {path.name}"))].astype(np.float32)
         if not np.isfinite(values).all():
             raise BadInput(f"background {path.name}: {name}: {int((~np.isfinite(values)).sum())} values are missing, expected none")
         condition[f"coarse_{name}"] = np.maximum(values, quantity.lower) if np.isfinite(quantity.lower) else values
@@ -182,6 +240,45 @@ def _from_background(domain: "Climate", scenario: ClimateScenario, folder: Path)
     if domain.season:
         condition["day_of_year"] = _days(time)
     return condition, {"time": ("time", time.values)}
+
+
+def _blocks(domain: "Climate", field: xr.DataArray, where: str) -> list[np.ndarray]:
+    """Rows and columns of a coarse field `[time, y, x]`, in the order of the blocks of the domain's grid.
+
+    Longitudes may differ by whole turns. An axis of plain cell numbers, there or here, says nothing and is taken as it comes.
+
+    Raises:
+      BadInput: the cells lie elsewhere than the blocks.
+    """
+    assert domain.background
+    found = []
+    for ours, theirs in zip(domain.dims, field.dims[1:], strict=True):
+        fine, given = domain.dataset[ours], field[theirs]
+        order = np.arange(given.size)
+        if _numbered(fine) or _numbered(given):
+            found.append(order)
+            continue
+        turns = ours == domain.dims[1] and str(fine.attrs.get("units", "")).startswith("degree")
+        centres, at = fine.values.astype(np.float64), given.values.astype(np.float64)
+        centres = np.unwrap(centres, period=360) if turns else centres
+        blocks = centres.reshape(-1, domain.background.factor).mean(1)
+        cell = domain.background.factor * float(np.median(np.abs(np.diff(centres))))
+        if turns:
+            order = np.argsort((at - blocks[0] + cell / 2) % 360, kind="stable")
+        apart = at[order] - blocks
+        apart = np.abs((apart + 180) % 360 - 180 if turns else apart).max()
+        if not apart <= MISPLACED * cell:
+            raise BadInput(
+                f"{where}: {theirs}: expected the centres of the model's blocks, {blocks[0]:.6g} to {blocks[-1]:.6g},"
+                f" got {at[0]:.6g} to {at[-1]:.6g}, up to {apart:.3g} apart"
+            )
+        found.append(order)
+    return found
+
+
+def _numbered(axis: xr.DataArray) -> bool:
+    """Whether an axis only counts its cells."""
+    return not axis.attrs.get("units") and np.array_equal(axis.values, np.arange(axis.size))
 
 
 def _days(time: xr.DataArray) -> np.ndarray:
@@ -205,10 +302,10 @@ def _imposed(domain: "Climate", impose: Impose, condition: Condition) -> tuple[f
     if domain.season:
         recorded = _days(domain.dataset["time"][rows])
         wanted = np.asarray(condition["day_of_year"])
-        apart = np.abs((recorded[None] - wanted[:, None] + 182.625) % 365.25 - 182.625)
-        threshold = np.array([np.quantile(series[near <= WINDOW], level) if (near <= WINDOW).any() else np.nan for near in apart])
+        apart = np.abs((recorded[None] - wanted[:, None] + means.YEAR / 2) % means.YEAR - means.YEAR / 2)
+        threshold = np.array([np.quantile(series[near <= SEASON], level) if (near <= SEASON).any() else np.nan for near in apart])
         if not np.isfinite(threshold).all():
-            raise BadInput(f"impose: no training day lies within {WINDOW} days of day {wanted[~np.isfinite(threshold)][0]:.0f} of the year")
+            raise BadInput(f"impose: no training day lies within {SEASON} days of day {wanted[~np.isfinite(threshold)][0]:.0f} of the year")
     else:
         threshold = np.full(len(next(iter(condition.values()))), np.quantile(series, level))
     sign = 1.0 if above else -1.0
@@ -230,12 +327,12 @@ def box_weights(domain: "Climate", box: Box) -> np.ndarray:
 def positions(domain: "Climate") -> tuple[np.ndarray, np.ndarray]:
     """Latitude and longitude of every cell, degrees, `[y, x]`. Raises BadInput where the data has none."""
     data = domain.dataset
-    if "lat" in data.coords and "lon" in data.coords:
+    if all(name in data.coords and str(data[name].attrs.get("units", "")).startswith("degree") for name in ("lat", "lon")):
         if data["lat"].ndim == 2:
             return data["lat"].values, data["lon"].values
         latitude, longitude = np.meshgrid(data["lat"].values, data["lon"].values, indexing="ij")
         return latitude, longitude
-    raise BadInput(f"{domain.name}: the data has no latitude and longitude, so no place can be named")
+    raise BadInput(f"{domain.name}: the data has no latitude and longitude in degrees, so no place can be named")
 
 
 def _observed(domain: "Climate", observe: Observe) -> tuple[Callable[[Sample], Array], float, float]:
@@ -276,7 +373,7 @@ def _constraints(domain: "Climate", imposed: Sequence[Any], observed: Sequence[A
     return constrain, misses
 
 
-def _notes(domain: "Climate", scenario: ClimateScenario) -> list[str]:
+def _notes(domain: "Climate", scenario: ClimateScenario, condition: Condition) -> list[str]:
     notes = []
     if domain.window > 1:
         notes.append(
@@ -284,13 +381,17 @@ def _notes(domain: "Climate", scenario: ClimateScenario) -> list[str]:
         )
     elif not domain.background:
         notes.append("Each day is drawn on its own: statistics of single days hold, a sequence of days is no weather history.")
-    if domain.forcing and scenario.sst_offset is not None:
-        values = domain.dataset[domain.forcing].values[domain.rows("train")]
-        if not values.min() <= scenario.sst_offset <= values.max():
-            notes.append(
-                f"A warming of {scenario.sst_offset:+g} K lies outside the training data ({values.min():+g} to {values.max():+g} K): "
-                "the mean response and the growth of the spread are extrapolated."
-            )
+    if domain.forcing:
+        low, high = _seen(domain)
+        asked = np.asarray(condition[domain.forcing])
+        farthest = float(asked[np.argmax(np.maximum(low - asked, asked - high))])
+        if not low <= farthest <= high:
+            if domain.forcing == SST:
+                told = f"A warming of {farthest:+g} K lies outside the training data ({low:+g} to {high:+g} K)"
+            else:
+                seen = f"{low:g} to {_with_units(domain, high)}"
+                told = f"{forcing_words(domain)[0]} = {_with_units(domain, farthest)} lies outside the training data ({seen})"
+            notes.append(f"{told}: the mean response and the growth of the spread are extrapolated.")
     if scenario.observe:
         notes.append("An observation counts as kept when the drawn value lies within three standard errors of it.")
     return notes

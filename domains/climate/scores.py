@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 GEOSTROPHIC = ("zg500", "ta500", "ps", "ua500")  # what the balance of wind and mass needs
 HECTOPASCAL = 100.0  # Pa
+SPECTRAL_BAND = (30.0, 60.0)  # degrees north, where zonal spectra are compared; all latitudes where the grid has none of these
+COMPARED = 300  # generated samples that are looked for among the training days
+COPY_CELLS = 16  # along an axis, that two days are compared by
+UPPER = 0.75  # quantile of the truth in a cell: the event whose probability is judged
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 
 
@@ -60,13 +64,15 @@ def score(domain: "Climate", generated: Sample, truth: Sample, condition: Condit
     if domain.background:
         for name in domain.quantities:
             _score_downscaling(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), condition, table)
+            curves[f"calibration/{name}"] = reliability(np.asarray(generated[name]), np.asarray(truth[name]))
     else:
         climatology = training_climatology(domain, condition)
         for name in domain.quantities:
             _score_distribution(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), climatology[name], table)
         if domain.forcing:
             _score_change(domain, generated, truth, climatology, table)
-    if set(GEOSTROPHIC) <= set(domain.quantities):
+        table["copies of training days"] = Score(_copies(domain, generated), 0.0)
+    if set(GEOSTROPHIC) <= set(domain.quantities) and physics.has_mid_latitudes(domain.dataset[domain.dims[0]].values):
         _score_balance(domain, generated, table)
     names = list(domain.quantities)
     for first, second in zip(names, names[1:], strict=False):
@@ -99,6 +105,30 @@ def _score_succession(domain: "Climate", name: str, ensemble: np.ndarray, truth:
     table[f"{name}: day-to-day change, ratio"] = metrics.interval([of_members[2], of_truth[2]], change_ratio, block=1, ideal=1.0)
 
 
+def reliability(ensemble: np.ndarray, truth: np.ndarray, level: float = UPPER) -> np.ndarray:
+    """Probability given and observed frequency, `[2, probability]`, of the event that a cell is above its `level` quantile of truth."""
+    threshold = np.quantile(truth, level, axis=0)
+    share = (ensemble > threshold).sum(0).ravel()
+    happened = np.bincount(share, (truth > threshold).ravel(), len(ensemble) + 1)
+    count = np.bincount(share, minlength=len(ensemble) + 1)
+    told = count > 0
+    return np.stack([np.flatnonzero(told) / len(ensemble), happened[told] / count[told]])
+
+
+def _copies(domain: "Climate", generated: Sample) -> float:
+    """Share of generated samples that are a training day, by every variable in a thinned grid."""
+    thin = tuple(slice(None, None, max(1, cells // COPY_CELLS)) for cells in domain.grid)
+
+    train = {name: domain.dataset[name].values[domain.rows("train")][:, *thin] for name in domain.quantities}
+    drawn = {name: pool(np.asarray(generated[name]), COMPARED)[:, *thin] for name in domain.quantities}
+    spread = {name: np.float32(values.std() + 1e-12) for name, values in train.items()}
+
+    def stacked(fields: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.stack([fields[name] / spread[name] for name in domain.quantities], axis=-1)
+
+    return metrics.exact_match_share(stacked(drawn), stacked(train))
+
+
 def pool(ensemble: np.ndarray, most: int) -> np.ndarray:
     """Members and items as one set of at most `most` samples, evenly picked."""
     flat = ensemble.reshape(-1, *ensemble.shape[2:])
@@ -115,7 +145,9 @@ def training_climatology(domain: "Climate", condition: Condition) -> Mapping[str
 def spectrum(domain: "Climate", fields: np.ndarray) -> np.ndarray:
     """Power by wavenumber `[..., k]`: zonal on the globe, radial on a limited area."""
     if domain.periodic[1]:
-        return metrics.zonal_spectrum(fields, domain.dataset[domain.dims[0]].values)[..., : domain.judge.resolved]
+        latitude = domain.dataset[domain.dims[0]].values
+        band = SPECTRAL_BAND if ((latitude >= SPECTRAL_BAND[0]) & (latitude <= SPECTRAL_BAND[1])).any() else (-90.0, 90.0)
+        return metrics.zonal_spectrum(fields, latitude, band)[..., : domain.judge.resolved]
     return metrics.radial_spectrum(fields)
 
 

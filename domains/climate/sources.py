@@ -1,8 +1,8 @@
 """Recorded climate: any CF dataset that xarray opens, brought to one shape, with its gaps counted and its files hashed.
 
 Whatever comes in (NetCDF, Zarr v2 or v3, a URL, several files), what comes out has float32 variables with our names and units on
-`[time, y, x]`, both horizontal axes ascending, and says in `attrs["gaps"]` what was missing. Nothing is read before its declared
-size is known, and a Zarr store may only use codecs that cannot run code.
+`[time, y, x]`, both horizontal axes ascending, and says in `attrs["gaps"]` what was missing, in words. Nothing is read before its
+declared size is known, and a Zarr store may only use codecs that cannot run code.
 
 Source: CF conventions 1.8, ch. 4 (coordinates), 5.6 (grid mappings) and 7.3 (cell methods).
 """
@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -116,12 +117,13 @@ def open_cf(
       isel: dimension -> [start, stop) after sorting; applied after `region`.
       coarsen: block size, one number or (y, x): area-weighted mean over the cells that are not missing.
       gaps: what to do about missing values in cells that are not always missing, and about missing time steps: "error", "drop" (the
-        time steps with missing values) or "keep". Cells that are missing at every time (sea in land data) are no gap.
+        time steps with missing values) or "keep". Cells that are missing at every time (sea in land data) are refused unless kept.
       max_bytes: largest size to load, and largest chunk.
 
     Returns:
       float32 variables with `units`, `standard_name`, `cell_methods` and `grid_mapping` kept; 2-D `lat`, `lon` and the grid mapping
-      are coordinates; `attrs["gaps"]` is JSON text.
+      are coordinates. `attrs["gaps"]` says in a few words, without a full stop, what was missing and was dropped or kept; "" where
+      nothing was. `attrs["gap_counts"]` has the numbers, as JSON text.
 
     Raises:
       BadInput: whatever is wrong with the files or the choice, in one sentence.
@@ -170,6 +172,8 @@ def open_cf(
     dataset = _settle_gaps(dataset, gaps, where)
     if coarsen is not None:
         dataset = coarsened(dataset, coarsen)
+    if gaps != "keep":
+        _refuse_absent_cells(dataset, where)
     kept = {key: value for key, value in attrs.items() if isinstance(value, str | int | float | np.number)}
     dataset.attrs = {**kept, **dataset.attrs}
     return dataset
@@ -226,7 +230,7 @@ def _is_url(path: str) -> bool:
 
 def _is_zarr(path: str) -> bool:
     bare = path.split("?")[0].rstrip("/")
-    if bare.endswith((".zarr", ".zarr.zip")):
+    if bare.endswith((".zarr", ".zarr.zip", ".zarr-v2", ".zarr-v3")):
         return True
     return any((Path(path) / name).is_file() for name in ("zarr.json", ".zgroup", ".zmetadata"))
 
@@ -248,8 +252,25 @@ def _open(path: str, max_bytes: int) -> xr.Dataset:
         return xr.open_dataset(_store(path), decode_timedelta=False, **options)
     except BadInput:
         raise
+    except ImportError as error:
+        raise BadInput(f"{path}: a package that reads it is not installed ({_first_line(error)}); pip install 'twinsim[remote]'") from error
+    except _unanswered(path) as error:
+        raise BadInput(f"{path}: the server did not give it ({type(error).__name__}): {_first_line(error)}") from error
     except _UNREADABLE as error:
         raise BadInput(f"{path}: cannot be opened as NetCDF or Zarr, damaged or of another format: {_first_line(error)}") from error
+
+
+def _unanswered(path: str) -> tuple[type[Exception], ...]:
+    """What the packages that speak with the servers of a URL raise, as far as they are there."""
+    if not _is_url(path):
+        return ()
+    names = {
+        "aiohttp": "ClientError",
+        "botocore.exceptions": "BotoCoreError",
+        "gcsfs.retry": "HttpError",
+        "google.auth.exceptions": "GoogleAuthError",
+    }
+    return tuple(getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules)
 
 
 def _store(path: str) -> Any:
@@ -284,6 +305,8 @@ def _load(array: xr.DataArray, name: str, path: str) -> xr.DataArray:
     except MemoryError as error:
         size = f"{array.nbytes / 1e9:.3g} GB"
         raise BadInput(f"{path}: variable {name} does not fit in memory ({size}); choose a region or period") from error
+    except _unanswered(path) as error:
+        raise BadInput(f"{path}: the server did not give variable {name} ({type(error).__name__}): {_first_line(error)}") from error
     except _UNREADABLE as error:
         raise BadInput(f"{path}: variable {name} cannot be read, the file is damaged: {_first_line(error)}") from error
     return loaded
@@ -665,7 +688,31 @@ def _settle_gaps(dataset: xr.Dataset, policy: str, where: str) -> xr.Dataset:
         if broken.all():
             raise BadInput(f"{where}: every time step has missing values, nothing is left after gaps='drop'")
         dataset = dataset.isel(time=np.flatnonzero(~broken))
-    return dataset.assign_attrs(gaps=json.dumps(report))
+    return dataset.assign_attrs(gaps=_in_words(report), gap_counts=json.dumps(report))
+
+
+def _in_words(report: Mapping[str, Any]) -> str:
+    """What was missing, and what was done about it; "" where nothing was."""
+    told = [f"{count} values of {name}" for name, count in report["missing_values"].items() if count]
+    told = [f"{', '.join(told)} missing in {report['time_steps_with_missing_values']} time steps"] if told else []
+    if told and report["policy"] == "drop":
+        told[0] += ", which were left out"
+    told += [f"{count} cells of {name} missing at every time" for name, count in report["always_missing_cells"].items() if count]
+    if absent := report.get("missing_time_steps", 0):
+        told.append(f"{absent} time steps absent, the first at {report['first_missing_time_steps'][0]}")
+    return "; ".join(told)
+
+
+def _refuse_absent_cells(dataset: xr.Dataset, where: str) -> None:
+    """Raises BadInput where a variable has cells without any value: nothing could be learnt of them."""
+    for name, array in dataset.data_vars.items():
+        absent = np.isnan(array.values)
+        absent = absent.all(0) if "time" in array.dims else absent
+        if absent.any():
+            raise BadInput(
+                f"{where}: {int(absent.sum())} of {absent.size} cells of {name} have no value at any time (sea in data of land?);"
+                " expected values in every cell; choose a region without such cells, with region or isel"
+            )
 
 
 def _missing_steps(time: xr.DataArray, where: str) -> dict[str, Any]:

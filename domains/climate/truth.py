@@ -18,15 +18,23 @@ from twinsim.base import BadInput
 
 
 def recorded(paths: Any, variables: Mapping[str, Any], licence: str = "", **selection: Any) -> xr.Dataset:
-    """Any CF dataset that xarray opens; `variables` and `selection` as in `sources.open_cf`."""
+    """Any CF dataset that xarray opens, without a missing value; `variables` and `selection` as in `sources.open_cf`."""
+    dataset = _opened(paths, variables, licence, **selection)
+    for name, values in dataset.data_vars.items():
+        if missing := int(np.isnan(values.values).sum()):
+            raise BadInput(f"{paths}: gaps='keep' leaves {missing} missing values of {name}, expected none; use gaps='drop'")
+    return dataset
+
+
+def _opened(paths: Any, variables: Mapping[str, Any], licence: str, **selection: Any) -> xr.Dataset:
     named = {name: {"name": name, **dict(wanted)} for name, wanted in variables.items()}
     dataset = sources.open_cf(paths, named, **selection)
-    return _with_inputs(dataset, [_pinned(file, dataset) for file in sources.inputs(paths, licence)])
+    return _with_inputs(dataset, _pinned(sources.inputs(paths, licence), dataset))
 
 
 def patches(path: str, variable: str, units: str, licence: str = "", **cut: Any) -> xr.Dataset:
     """Wet square patches of radar frames, as in `sources.patches`."""
-    frames = recorded(path, {variable: {"units": units}}, licence, gaps="keep")
+    frames = _opened(path, {variable: {"units": units}}, licence, gaps="keep")
     return _with_inputs(sources.patches(frames, variable, **cut), json.loads(frames.attrs["inputs"]))
 
 
@@ -93,16 +101,18 @@ def _simulate(path: Path, name: str, run: Mapping[str, Any], asked: Any) -> None
     unfinished.rename(path)
 
 
-def _pinned(file: Mapping[str, Any], dataset: xr.Dataset) -> Mapping[str, Any]:
-    """An input with its digest; that of a URL, which is not read as a whole, is the digest of all values that were read."""
-    if file["sha256"] is not None:
-        return file
+def _pinned(files: Sequence[Mapping[str, Any]], dataset: xr.Dataset) -> list[Mapping[str, Any]]:
+    """Inputs with their digests; that of a URL, which is not read as a whole, is the digest of all values that were read."""
+    if all(file["sha256"] is not None for file in files):
+        return list(files)
     digest = hashlib.sha256()
     for name in sorted(map(str, dataset.variables)):
         values = dataset[name].values
         digest.update(f"{name} {values.shape}\n".encode())
         digest.update(str(values.tolist()).encode() if values.dtype == object else np.ascontiguousarray(values).tobytes())
-    return {**file, "name": f"{file['name']}, the values read", "sha256": digest.hexdigest(), "size": int(dataset.nbytes)}
+    read = "the values read" if len(files) == 1 else f"the values read from all {len(files)} inputs"
+    pin = {"sha256": digest.hexdigest(), "size": int(dataset.nbytes)}
+    return [file if file["sha256"] is not None else {**file, "name": f"{file['name']}, {read}", **pin} for file in files]
 
 
 def _with_inputs(dataset: xr.Dataset, files: Sequence[Mapping[str, Any]]) -> xr.Dataset:

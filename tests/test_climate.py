@@ -1,0 +1,144 @@
+"""What a climate twin is made of on tiny data of its own: conditions, splits, rules, deliveries, scores that see a copy."""
+
+import jax
+import numpy as np
+import pytest
+import xarray as xr
+
+from domains.climate import domain as climate
+from domains.climate import scores
+from twinsim.base import BadInput
+
+
+@pytest.fixture(autouse=True)
+def many():
+    """Judging works on many samples at once, where a field stands for every sample."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def truth(days: int = 240, latitudes: int = 8, seed: int = 0) -> xr.Dataset:
+    """Independent days of a skewed positive field on a global grid."""
+    random = np.random.default_rng(seed)
+    coords = {
+        "time": xr.date_range("2001-01-01", periods=days, use_cftime=False),
+        "lat": ("lat", np.linspace(-80, 80, latitudes), {"units": "degrees_north"}),
+        "lon": ("lon", np.arange(8) * 45.0, {"units": "degrees_east"}),
+    }
+    wave = random.normal(size=(days, 1, 1)) * np.cos(np.arange(8) * np.pi / 4)
+    field = np.exp(0.5 * (wave + random.normal(size=(days, latitudes, 8))))
+    return xr.Dataset({"pr": (("time", "lat", "lon"), field.astype(np.float32), {"units": "mm day-1"})}, coords)
+
+
+def twin(dataset: xr.Dataset | None = None, quantity: dict | None = None, **changed) -> climate.Climate:
+    given = {
+        "name": "climate/tiny",
+        "dataset": truth() if dataset is None else dataset,
+        "quantities": {"pr": climate.Quantity("mm day-1", "precipitation", lower=0, wet=1.0, **(quantity or {"transform": "log1p"}))},
+        "splits": {"train": [{"time": ["2001-01-01", "2001-06-30"]}], "test": [{"time": ["2001-07-05", "2001-08-28"]}]},
+        "season": False,
+        "components": climate.Components(count=64),
+    }
+    return climate.Climate(**{**given, **changed})
+
+
+def drawn(domain, members: int = 4):
+    """Question, truth and what a silent diffusion model draws."""
+    statistics = domain.fit()
+    question, answer = domain.exam(members, None)
+    spec = domain.spec(statistics)
+    noise = jax.random.normal(jax.random.key(0), (members, len(answer["pr"]), *spec.grid, spec.channels))
+    each = jax.jit(jax.vmap(jax.vmap(domain.decode, in_axes=(None, 0, 0)), in_axes=(None, 0, None)))
+    return question, answer, {name: np.asarray(v) for name, v in each(statistics, noise, question.condition).items()}
+
+
+def test_a_model_without_any_condition_is_fitted_drawn_and_judged():
+    domain = twin()
+    assert list(domain.condition) == ["number"]
+    statistics = domain.fit()
+    blocks = list(domain.examples(statistics))
+    assert sum(len(block.target) for block in blocks) == len(domain.rows("train")) and blocks[0].scalars.shape[1] == 0
+    question, answer, generated = drawn(domain)
+    names = set(domain.baselines(statistics))
+    assert names == {"days of the season", "PCA-Gaussian"}
+    for baseline in domain.baselines(statistics).values():
+        assert baseline(question.condition, 2, 0)["pr"].shape == (2, *answer["pr"].shape)
+    table = domain.score(generated, answer, question.condition).table
+    assert table["pr: spread-skill ratio"].value == pytest.approx(1, abs=0.25)  # the logarithm of 1 + rain is not quite Gaussian
+
+
+def test_splits_that_share_days_are_refused():
+    with pytest.raises(BadInput, match="splits: train and test share 5 of the samples"):
+        twin(splits={"train": [{"time": ["2001-01-01", "2001-07-05"]}], "test": [{"time": ["2001-07-01", "2001-08-28"]}]})
+
+
+def test_copies_of_training_days_are_seen():
+    domain = twin()
+    question, answer, generated = drawn(domain, members=2)
+    copied = {"pr": domain.truth(domain.rows("train")[: 2 * len(answer["pr"])])["pr"].reshape(generated["pr"].shape)}
+    assert domain.score(generated, answer, question.condition).table["copies of training days"].value == 0
+    assert domain.score(copied, answer, question.condition).table["copies of training days"].value == 1
+
+
+def test_a_normal_score_goes_on_beyond_both_ends_and_stops_at_the_bound():
+    pressure = truth()
+    pressure["pr"] = 990 + 5 * np.log(pressure["pr"])
+    bound = {"transform": "normal_score"}
+    domain = twin(pressure, bound)
+    domain = climate.Climate(**{**vars(domain), "quantities": {"pr": climate.Quantity("hPa", "pressure", transform="normal_score")}})
+    statistics = domain.fit()
+    low, lower = (float(domain._restored(statistics, "pr", np.full((8, 8), z, np.float32), {}).min()) for z in (-3.0, -4.0))
+    assert lower < low - 0.1
+    rain = twin(quantity=bound)
+    statistics = rain.fit()
+    assert float(rain._restored(statistics, "pr", np.full((8, 8), -30.0, np.float32), {}).min()) == 0.0
+
+
+def test_a_ring_in_the_tropics_is_scored_over_all_its_latitudes():
+    dataset = truth().isel(lat=slice(3, 5))
+    assert np.abs(dataset["lat"]).max() < 30
+    question, answer, generated = drawn(twin(dataset, components=climate.Components(count=10)))
+    assert len(question.condition["number"]) == len(answer["pr"]) == 55
+    assert np.isfinite(scores.spectrum(twin(dataset), generated["pr"])).all()
+
+
+def test_reliability_of_exact_and_of_blind_probabilities():
+    random = np.random.default_rng(0)
+    answer = random.normal(size=(400, 6, 6))
+    sure = scores.reliability(np.repeat(answer[None], 4, axis=0), answer)
+    np.testing.assert_array_equal(sure, [[0, 1], [0, 1]])
+    given, observed = scores.reliability(random.normal(size=(4, 400, 6, 6)), answer)
+    np.testing.assert_allclose(given, [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(observed[:4], 0.25, atol=0.03)  # what happens has nothing to do with what was said
+
+
+def test_a_state_out_of_balance_or_with_other_mass_breaks_a_rule():
+    random = np.random.default_rng(0)
+    time = xr.date_range("2001-01-01", periods=60, use_cftime=False)
+    latitude, longitude = np.linspace(-87, 87, 24), np.arange(16) * 22.5
+    wave = random.normal(size=(60, 1, 1)) * np.sin(np.deg2rad(latitude))[:, None] * np.cos(np.deg2rad(longitude))
+    fields = {"zg500": 5600 + 60 * wave, "ta500": 255 + wave, "ps": 1e5 + 100 * wave, "ua500": 10 + 3 * wave}
+    coords = {"time": time, "lat": ("lat", latitude, {"units": "degrees_north"}), "lon": ("lon", longitude, {"units": "degrees_east"})}
+    dataset = xr.Dataset({name: (("time", "lat", "lon"), v.astype(np.float32)) for name, v in fields.items()}, coords)
+    domain = twin(
+        dataset,
+        quantities={name: climate.Quantity("1", name) for name in fields},
+        splits={"train": [{"time": ["2001-01-01", "2001-01-31"]}], "test": [{"time": ["2001-02-05", "2001-02-28"]}]},
+    )
+    day = {name: values[0] for name, values in domain.truth(domain.rows("test")).items()}
+    kept = {rule: float(broken) for rule, broken in domain.check(day, {}).items()}
+    assert kept == {rule: 0.0 for rule in kept} and len(kept) == 2
+    mass, balance = kept
+    assert float(domain.check({**day, "ps": day["ps"] + 500}, {})[mass]) > 100
+    assert float(domain.check({**day, "ua500": 10 + 0.01 * (day["ua500"] - 10)}, {})[balance]) > 0
+
+
+def test_the_answer_keeps_the_map_projection_and_names_cell_numbers():
+    dataset = truth().rename(lat="y", lon="x").drop_vars(["y", "x"])
+    dataset = dataset.assign_coords(y=np.arange(8), x=np.arange(8), rotated_pole=0)
+    dataset["pr"].attrs["grid_mapping"] = "rotated_pole"
+    domain = twin(dataset)
+    question, answer = domain.exam(1, 3)
+    made = domain.dataset_of({"pr": answer["pr"][None]}, question)
+    assert made["pr"].attrs["grid_mapping"] == "rotated_pole" and "rotated_pole" in made.coords
+    assert made["y"].attrs == {"units": "1", "long_name": "cell number"}
