@@ -534,7 +534,7 @@ class Climate:
         if self.background:
             return self._interpolate(statistics, name, condition) + self._regress(statistics, name, condition)
         extra = condition[self.forcing] if self.forcing else None
-        days = condition["day_of_year"] if self.season else jnp.zeros_like(extra) if self.forcing else jnp.zeros(())
+        days = condition["day_of_year"] if self.season else jnp.zeros(() if extra is None else np.shape(extra))
         return means.harmonics(statistics["climatology"][name], days, extra)
 
     def _expected_of(self, statistics: Statistics, name: str, transformed: np.ndarray, condition: Condition) -> np.ndarray:
