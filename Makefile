@@ -24,7 +24,7 @@ test: $(READY) ## the quick tests
 	$(PYTEST) -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## the slow tests alone
-	$(PYTEST) -m "slow and not slurm" $(ARGS)
+	$(PYTEST) -m "slow and not slurm" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: $(READY) ## every test; those that need SLURM are skipped where there is none
 	$(PYTEST) -m "" -n $(WORKERS) --dist loadfile $(ARGS)
