@@ -249,12 +249,3 @@ def test_nearest_member_distance_takes_the_members_of_its_own_item():
     truth = normal(5, 2, 2)
     ensemble = np.stack([truth + 3.0, truth - 1.0, truth[::-1] * 50])
     np.testing.assert_allclose(metrics.nearest_member_distance(ensemble, truth)[[0, 1, 3, 4]], 1.0)
-
-
-def test_coverage_sees_a_lost_mode_and_recall_too():
-    truth = np.concatenate([normal(150, 2), normal(150, 2, seed=1) + 20])
-    full = np.concatenate([normal(150, 2, seed=2), normal(150, 2, seed=3) + 20])
-    recall, coverage = metrics.recall_and_coverage(full, truth)
-    assert recall > 0.9 and coverage > 0.9
-    recall, coverage = metrics.recall_and_coverage(full[:150], truth)
-    assert recall < 0.55 and coverage < 0.55

@@ -18,7 +18,7 @@ import xarray as xr
 import zarr
 
 from domains.climate import sources, truth
-from domains.climate.sources import Wanted, coarsened, day_of_year, inputs, open_cf, patches, split_periods, within
+from domains.climate.sources import Wanted, coarsened, day_of_year, inputs, open_cf, patches, within
 from twinsim import record
 from twinsim.base import BadInput
 
@@ -169,18 +169,6 @@ def test_periods_and_months_in_every_calendar(tmp_path, calendar):
 def test_day_of_year_is_the_passed_fraction(calendar, length):
     time = xr.DataArray(xr.date_range("2004-01-01", periods=2 * length, freq="12h", calendar=calendar, use_cftime=True), dims="time")
     assert np.allclose(day_of_year(time), np.arange(2 * length) / (2 * length), atol=1e-12)
-
-
-def test_split_periods_do_not_share_a_day():
-    made = dataset(days=10)
-    splits = split_periods(
-        made, {"train": [["2001-01-01", "2001-01-03"], ["2001-01-08", "2001-01-09"]], "test": ["2001-01-05", "2001-01-06"]}
-    )
-    assert splits["train"]["time"].dt.day.values.tolist() == [1, 2, 3, 8, 9] and splits["test"]["time"].dt.day.values.tolist() == [5, 6]
-    with pytest.raises(BadInput, match="splits train and test share 2001-01-03"):
-        split_periods(made, {"train": ["2001-01-01", "2001-01-03"], "test": ["2001-01-03", "2001-01-06"]})
-    with pytest.raises(BadInput, match="split test: no time step"):
-        split_periods(made, {"test": [2005, 2006]})
 
 
 @pytest.mark.parametrize("span", [["2001"], ["2001-13-41x", "2002"], [2003, 2001], "2001"])

@@ -388,28 +388,7 @@ def membership_auc(
     return Score(value, 0.5, "", float(low), float(high))
 
 
-def recall_and_coverage(generated: np.ndarray, truth: np.ndarray, k: int = 5) -> tuple[float, float]:
-    """Shares of truth reached by generated samples: (recall, coverage). Low values mean that kinds of samples are missing.
-
-    Recall (Kynkaanniemi et al. 2019): truth within the k-th neighbour radius of a generated sample. Coverage (Naeem et al.
-    2020): truth with a generated sample within its own k-th neighbour radius. Never to be read alone: a copy scores 1.
-    """
-    a, b = generated.reshape(len(generated), -1), truth.reshape(len(truth), -1)
-    if min(len(a), len(b)) <= k:
-        raise BadInput(f"recall_and_coverage: expected more than {k} samples on both sides, got {len(a)} and {len(b)}")
-    between = _squared_distances(b, a)
-    radius_a = np.partition(_squared_distances(a, a), k, axis=1)[:, k]
-    radius_b = np.partition(_squared_distances(b, b), k, axis=1)[:, k]
-    return float((between <= radius_a).any(1).mean()), float((between.min(1) <= radius_b).mean())
-
-
 # ---------------------------------------------------------------- parts
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    centre = b.mean(0, dtype=np.float64)
-    a, b = a - centre, b - centre
-    return np.maximum((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T, 0)
 
 
 def _fair_crps(ensemble: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -803,7 +803,7 @@ class Climate:
 
         None where the held-out samples come from another climate than the training samples, which would decide the test.
         """
-        if self._another_climate():
+        if self.another_climate:
             return None
         generated, truth = self.as_days(generated), self.as_days(truth)
         held_out = len(next(iter(truth.values())))
@@ -822,7 +822,8 @@ class Climate:
             drawn["train"] = ({name: np.asarray(v[...]) for name, v in ask(question).items()}, recorded)
         return scores.membership(self, drawn)
 
-    def _another_climate(self) -> bool:
+    @cached_property
+    def another_climate(self) -> bool:
         """Whether the held-out samples were simulated with another warming than any training sample."""
         warming = self.forcing or "sst_offset"
         if warming not in self.dataset.coords:
@@ -879,7 +880,7 @@ class Climate:
         told = [f"The truth is {self.dataset.attrs.get('source', 'a recorded data set')}; its errors are learnt with it."]
         if gaps := self.dataset.attrs.get("gaps"):
             told.append(f"Gaps in the truth: {gaps}.")
-        if self._another_climate():
+        if self.another_climate:
             told.append("Whether it gives away training days is not tested beyond exact copies: the held-out climate is another one.")
         if self.background:
             told.append("Detail below the background's cells is plausible, not observed; block means are those of the background.")

@@ -22,6 +22,7 @@ HECTOPASCAL = 100.0  # Pa
 SPECTRAL_BAND = (30.0, 60.0)  # degrees north, where zonal spectra are compared; all latitudes where the grid has none of these
 COMPARED = 300  # generated samples that are looked for among the training days
 COPY_CELLS = 16  # along an axis, that two days are compared by
+EXTREME = 0.95  # quantile of the training samples above which the CRPS of extremes counts
 UPPER = 0.75  # quantile of the truth in a cell: the event whose probability is judged
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 
@@ -71,7 +72,7 @@ def score(domain: "Climate", generated: Sample, truth: Sample, condition: Condit
             _score_distribution(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), climatology[name], table)
         if domain.forcing:
             _score_change(domain, generated, truth, climatology, table)
-        table["copies of training days"] = Score(_copies(domain, generated), 0.0)
+        _score_memory(domain, generated, truth, table)
     if set(GEOSTROPHIC) <= set(domain.quantities) and physics.has_mid_latitudes(domain.dataset[domain.dims[0]].values):
         _score_balance(domain, generated, table)
     names = list(domain.quantities)
@@ -115,18 +116,22 @@ def reliability(ensemble: np.ndarray, truth: np.ndarray, level: float = UPPER) -
     return np.stack([np.flatnonzero(told) / len(ensemble), happened[told] / count[told]])
 
 
-def _copies(domain: "Climate", generated: Sample) -> float:
-    """Share of generated samples that are a training day, by every variable in a thinned grid."""
+def _score_memory(domain: "Climate", generated: Sample, truth: Sample, table: dict) -> None:
+    """How near generated samples come to training days, in every variable at once on a thinned grid: copies, and distances."""
     thin = tuple(slice(None, None, max(1, cells // COPY_CELLS)) for cells in domain.grid)
-
     train = {name: domain.dataset[name].values[domain.rows("train")][:, *thin] for name in domain.quantities}
-    drawn = {name: pool(np.asarray(generated[name]), COMPARED)[:, *thin] for name in domain.quantities}
     spread = {name: np.float32(values.std() + 1e-12) for name, values in train.items()}
 
     def stacked(fields: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.stack([fields[name] / spread[name] for name in domain.quantities], axis=-1)
 
-    return metrics.exact_match_share(stacked(drawn), stacked(train))
+    drawn = stacked({name: pool(np.asarray(generated[name]), COMPARED)[:, *thin] for name in domain.quantities})
+    table["copies of training days"] = Score(metrics.exact_match_share(drawn, stacked(train)), 0.0)
+    if not domain.another_climate:
+        held_out = stacked({name: np.asarray(truth[name])[:, *thin] for name in domain.quantities})
+        table["distance to the nearest training day, ratio"] = metrics.distance_ratio(
+            drawn, stacked(train), held_out, block=domain.judge.block
+        )
 
 
 def pool(ensemble: np.ndarray, most: int) -> np.ndarray:
@@ -181,6 +186,9 @@ def _score_downscaling(domain: "Climate", name: str, ensemble: np.ndarray, truth
     if quantity.wet:
         wet = [metrics.exceedance(ensemble, quantity.wet), metrics.exceedance(truth[None], quantity.wet)]
         table[f"{name}: wet fraction ratio"] = metrics.interval(wet, metrics.ratio, block=block, ideal=1.0)
+        above = _usual_extreme(domain, name)
+        tail = metrics.tail_crps(ensemble, truth, above, domain.weights)
+        table[f"{name}: CRPS above the {EXTREME:.0%} quantile"] = metrics.interval(tail, block=block, units=quantity.units)
         for level, label in ((0.99, "99 % quantile ratio"), (0.999, "99.9 % quantile ratio")):
             table[f"{name}: {label}"] = _bootstrap_ratio(ensemble, truth, level, block)
     else:
@@ -188,6 +196,12 @@ def _score_downscaling(domain: "Climate", name: str, ensemble: np.ndarray, truth
         for level, label in ((0.01, "1 % quantile error"), (0.99, "99 % quantile error")):
             table[f"{name}: {label}"] = Score(metrics.quantile_error(flat, truth, level, domain.weights), 0.0, quantity.units)
     _score_return_level(domain, name, ensemble, truth, table)
+
+
+def _usual_extreme(domain: "Climate", name: str) -> np.ndarray:
+    """High quantile of the training samples, in each cell where cells have a place, `[y, x]` or `[]`."""
+    values = domain.dataset[name].values[domain.rows("train")]
+    return np.quantile(values, EXTREME, axis=0 if domain.background and domain.background.climatology else None)
 
 
 def _bootstrap_ratio(ensemble: np.ndarray, truth: np.ndarray, level: float, block: int, draws: int = 100) -> Score:

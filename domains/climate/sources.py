@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import cf_xarray  # noqa: F401  (registers Dataset.cf)
 import numpy as np
@@ -844,30 +844,6 @@ def within(time: xr.DataArray, span: Span) -> np.ndarray:
     first, last = _span(span)
     iso = _iso(time)
     return (iso.astype(f"U{len(first)}") >= first) & (iso.astype(f"U{len(last)}") <= last)
-
-
-def split_periods(dataset: xr.Dataset, periods: Mapping[str, Span | Sequence[Span]]) -> dict[str, xr.Dataset]:
-    """The dataset cut by time into named splits; each takes one span [first, last] or several.
-
-    Raises:
-      BadInput: a split is empty, or two splits share a time.
-    """
-    taken = np.full(dataset.sizes["time"], "", dtype=object)
-    splits = {}
-    for name, spans in periods.items():
-        kept = np.zeros(dataset.sizes["time"], bool)
-        single = isinstance(spans[0], str | int) if len(spans) else False
-        for span in [spans] if single else spans:
-            kept |= within(dataset["time"], cast(Span, span))
-        if not kept.any():
-            first, last = _iso(dataset["time"])[[0, -1]]
-            raise BadInput(f"split {name}: no time step in {_shown(spans)}; the data run from {first} to {last}")
-        if (taken[kept] != "").any():
-            where = np.flatnonzero(kept & (taken != ""))[0]
-            raise BadInput(f"splits {taken[where]} and {name} share {_iso(dataset['time'])[where]}, expected periods that do not overlap")
-        taken[kept] = name
-        splits[name] = dataset.isel(time=_compact(kept))
-    return splits
 
 
 def _span(span: Span) -> tuple[str, str]:
