@@ -748,7 +748,8 @@ class Climate:
         if set(scores.GEOSTROPHIC) <= set(self.quantities) and physics.has_mid_latitudes(latitude):
             few = rows[:: max(1, len(rows) // 200)]
             fields = [self.dataset[name].values[few].astype(np.float32) for name in scores.GEOSTROPHIC]
-            residual = jax.vmap(functools.partial(physics.geostrophic_residual, lat=latitude))(*fields)
+            with jax.ensure_compile_time_eval():  # it may be asked for first while a draw is traced
+                residual = jax.vmap(functools.partial(physics.geostrophic_residual, lat=latitude))(*fields)
             usual["geostrophic"] = (BALANCE_KEPT * float(np.max(residual)),)
         return usual
 
