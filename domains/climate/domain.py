@@ -749,8 +749,8 @@ class Climate:
             few = rows[:: max(1, len(rows) // 200)]
             fields = [self.dataset[name].values[few].astype(np.float32) for name in scores.GEOSTROPHIC]
             with jax.ensure_compile_time_eval():  # it may be asked for first while a draw is traced
-                residual = jax.vmap(functools.partial(physics.geostrophic_residual, lat=latitude))(*fields)
-            usual["geostrophic"] = (BALANCE_KEPT * float(np.max(residual)),)
+                residual = np.asarray(jax.vmap(functools.partial(physics.geostrophic_residual, lat=latitude))(*fields))
+            usual["geostrophic"] = (BALANCE_KEPT * float(residual.max()),)
         return usual
 
     def baselines(self, statistics: Statistics) -> Mapping[str, Baseline]:
