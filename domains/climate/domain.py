@@ -772,7 +772,7 @@ class Climate:
             "quantile mapping": baselines.QuantileMapping(truth, factor, **given),
             "analogues": baselines.Analogues(truth, factor, non_negative=non_negative),
             "ridge and analogue errors": baselines.RidgeAnalogue(truth, factor, neighbourhood=local, **given),
-            "the same, block means kept": baselines.RidgeAnalogue(truth, factor, neighbourhood=local, conserve=True, **given),
+            "ridge and analogue errors, block means kept": baselines.RidgeAnalogue(truth, factor, neighbourhood=local, conserve=True, **given),
         }
 
     def _unconditional_baselines(self, truth: Sample, condition: Condition, non_negative: list[str]) -> Mapping[str, Baseline]:
