@@ -766,13 +766,13 @@ class Climate:
             analogues = baselines.Analogues(truth, factor, non_negative=non_negative)
             return {"bicubic": bicubic, "analogues": analogues, "RainFARM": baselines.RainFARM(truth, factor)}
         given: dict[str, Any] = {"non_negative": non_negative, "periodic": periodic}
-        local = self.background.regression == "neighbourhood"
+        near = {"neighbourhood": self.background.regression == "neighbourhood"}
         return {
             "bicubic": bicubic,
             "quantile mapping": baselines.QuantileMapping(truth, factor, **given),
             "analogues": baselines.Analogues(truth, factor, non_negative=non_negative),
-            "ridge and analogue errors": baselines.RidgeAnalogue(truth, factor, neighbourhood=local, **given),
-            "ridge and analogue errors, block means kept": baselines.RidgeAnalogue(truth, factor, neighbourhood=local, conserve=True, **given),
+            "ridge and analogue errors": baselines.RidgeAnalogue(truth, factor, **near, **given),
+            "ridge and analogue errors, block means kept": baselines.RidgeAnalogue(truth, factor, conserve=True, **near, **given),
         }
 
     def _unconditional_baselines(self, truth: Sample, condition: Condition, non_negative: list[str]) -> Mapping[str, Baseline]:
