@@ -766,7 +766,7 @@ class Climate:
             analogues = baselines.Analogues(truth, factor, non_negative=non_negative)
             return {"bicubic": bicubic, "analogues": analogues, "RainFARM": baselines.RainFARM(truth, factor)}
         given: dict[str, Any] = {"non_negative": non_negative, "periodic": periodic}
-        near = {"neighbourhood": self.background.regression == "neighbourhood"}
+        near: dict[str, Any] = {"neighbourhood": self.background.regression == "neighbourhood"}
         return {
             "bicubic": bicubic,
             "quantile mapping": baselines.QuantileMapping(truth, factor, **given),
