@@ -2,7 +2,7 @@
 
     python scripts/coarse_decade.py OUT_FOLDER     (about 40 minutes on one core; a killed run goes on; needs twinsim[climate])
 
-Simulates SPEEDY at T31, takes the means of blocks of 4 x 4 cells and writes tas and pr, rounded to a hundredth.
+Simulates SPEEDY at T31, takes the means of blocks of 4 x 4 cells and writes tas and pr, rounded to a tenth.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from twinsim import cli
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "scenarios" / "climate" / "decade_plus1p5K_coarse.nc"
 DAYS, WARMING, SEED, FACTOR = 3653, 1.5, 21, 4
-STEP = {"tas": 0.01, "pr": 0.01}  # rounding, in the units of the variable
+STEP = {"tas": 0.1, "pr": 0.1}  # rounding, in the units of the variable; the file ships with twinsim
 
 
 def main() -> None:
@@ -43,8 +43,9 @@ def write(dataset: xr.Dataset, path: Path) -> None:
     packing = {
         name: {
             "dtype": "int16",
+            "_FillValue": -32768,
             "scale_factor": step,
-            "add_offset": 270.0 if name == "tas" else 300.0,
+            "add_offset": 270.0 if name == "tas" else 0.0,
             "zlib": True,
             "complevel": 9,
             "shuffle": True,

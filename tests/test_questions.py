@@ -313,3 +313,20 @@ def test_cost_is_measured_by_turns(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "draw", draw)
     assert bench.cost(tmp_path) == {"simulated_day_cpu_s": 2.0, "generated_state_cpu_s": 0.1}
     assert order == ["simulated", "drawn"] * 4
+
+
+def test_the_coarse_decade_is_made_of_block_means_and_comes_back_from_its_file(tmp_path):
+    spec = importlib.util.spec_from_file_location("coarse_decade", Path(__file__).parents[1] / "scripts" / "coarse_decade.py")
+    decade = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(decade)
+    random = np.random.default_rng(0)
+    fields = {"tas": 280 + 20 * random.normal(size=(3, 8, 16)), "pr": random.exponential(3.0, (3, 8, 16))}
+    run = xr.Dataset(
+        {name: (("time", "lat", "lon"), values, {"units": "K" if name == "tas" else "mm day-1"}) for name, values in fields.items()},
+        {"time": xr.date_range("2000-04-05", periods=3), "lat": np.linspace(-70, 70, 8), "lon": np.arange(16) * 22.5},
+    )
+    decade.write(decade.coarse(run), tmp_path / "coarse.nc")
+    with xr.open_dataset(tmp_path / "coarse.nc") as back:
+        assert back.sizes == {"time": 3, "lat": 2, "lon": 4} and back["lon"].values[0] == 33.75
+        for name, values in fields.items():
+            np.testing.assert_allclose(back[name][1, 1, 2], values[1, 4:, 8:12].mean(), atol=0.051)  # half a rounding step
