@@ -1,6 +1,7 @@
 """The climate part of a report: what was asked, what came out, and samples beside truth and baseline, as maps."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -231,7 +232,7 @@ def maps(
         drawn = axis.pcolormesh(x, y, values, cmap=colours, vmin=scale[kind][0], vmax=scale[kind][1], rasterized=True)
         if land is not None:
             axis.contour(x, y, land, [0.5], colors="0.35", linewidths=0.6)
-        axis.set_title(label, fontsize=9, loc="left")
+        axis.set_title(textwrap.fill(label, 60 // columns), fontsize=9, loc="left")
         axis.tick_params(labelsize=7, length=2)
         bar = figure.colorbar(drawn, ax=axis, shrink=0.85, pad=0.01)
         bar.ax.tick_params(labelsize=7, length=2)
