@@ -105,6 +105,7 @@ def main() -> int:
         results[task] = cost(out) if task == COST else run(task, seeds, given.archive, out)
         print("\n".join(table(task, results[task])), flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
+        results = {**(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}), task: results[task]}  # another run may have added to it
         RESULTS.write_text(json.dumps(results, indent=1))
     if given.readme:
         write_readme(results)
