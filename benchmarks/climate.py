@@ -94,7 +94,6 @@ def main() -> int:
     out = given.out.absolute()  # the commands run in the root of the checkout
     if unknown := set(tasks) - {*TASKS, COST}:
         parser.error(f"--tasks: expected some of {', '.join([*TASKS, COST])}, got {', '.join(sorted(unknown))}")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for task in tasks:
         if task == COST and importlib.util.find_spec("jcm") is None:
             print("cost: skipped, there is no simulator to compare with: pip install 'twinsim[climate]'", flush=True)
@@ -102,14 +101,18 @@ def main() -> int:
         if task not in SHIPPED | {COST} and not given.archive.is_dir():
             print(f"{task}: skipped, there is no folder {given.archive}", flush=True)
             continue
-        results[task] = cost(out) if task == COST else run(task, seeds, given.archive, out)
-        print("\n".join(table(task, results[task])), flush=True)
+        measured = cost(out) if task == COST else run(task, seeds, given.archive, out)
+        print("\n".join(table(task, measured)), flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
-        results = {**(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}), task: results[task]}  # another run may have added to it
-        RESULTS.write_text(json.dumps(results, indent=1))
+        RESULTS.write_text(json.dumps({**results(), task: measured}, indent=1))  # read anew: another run may have added to it
     if given.readme:
-        write_readme(results)
+        write_readme(results())
     return 0
+
+
+def results() -> dict:
+    """What was measured so far, by task."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def run(task: str, seeds: list[int], archive: Path, out: Path) -> dict:

@@ -56,7 +56,7 @@ def test_bootstrap_draws_training_days_of_the_season_once_each():
     for item, day in enumerate((3.0, 180.0)):
         source = [int(np.flatnonzero((sample["tas"].astype(np.float32) == x).all((1, 2)))[0]) for x in drawn["tas"][:, item]]
         gap = np.abs(condition["day_of_year"][source] - day)
-        assert np.minimum(gap, 365.25 - gap).max() <= baselines.SEASON
+        assert np.minimum(gap, 365.25 - gap).max() <= means.SEASON
         assert len(set(source)) == 30
         np.testing.assert_array_equal(drawn["pr"][:, item], sample["pr"][source].astype(np.float32))  # the same day for all variables
 

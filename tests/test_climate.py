@@ -1,5 +1,7 @@
 """What a climate twin is made of on tiny data of its own: conditions, splits, rules, deliveries, scores that see a copy."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -85,7 +87,7 @@ def test_a_normal_score_goes_on_beyond_both_ends_and_stops_at_the_bound():
     pressure["pr"] = 990 + 5 * np.log(pressure["pr"])
     bound = {"transform": "normal_score"}
     domain = twin(pressure, bound)
-    domain = climate.Climate(**{**vars(domain), "quantities": {"pr": climate.Quantity("hPa", "pressure", transform="normal_score")}})
+    domain = dataclasses.replace(domain, quantities={"pr": climate.Quantity("hPa", "pressure", transform="normal_score")})
     statistics = domain.fit()
     low, lower = (float(domain._restored(statistics, "pr", np.full((8, 8), z, np.float32), {}).min()) for z in (-3.0, -4.0))
     assert lower < low - 0.1

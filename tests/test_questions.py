@@ -126,6 +126,11 @@ def test_patches_have_neither_place_nor_date(tmp_path, said, says):
         domain.ask(asked(**{**held_out, **said}), tmp_path)
 
 
+def test_a_model_without_conditions_is_asked_for_a_number_of_samples(tmp_path):
+    question = twin(season=False).ask(asked(**TWO_DAYS), tmp_path)
+    assert list(question.condition) == ["number"] and question.condition["number"].shape == (2,)
+
+
 # ---------------------------------------------------------------- what-ifs
 
 
@@ -175,7 +180,7 @@ def test_the_season_of_a_threshold_closes_on_itself(tmp_path):
     threshold = domain.ask(asked(impose=impose, period=new_year), tmp_path).condition["threshold0"]
     series = domain.dataset["tas"].values[:365].astype(np.float64).mean(2)[:, 0]  # the same in every row
     day = np.asarray(domain.conditions(np.arange(365))["day_of_year"])
-    near = np.minimum(day, means.YEAR - day) <= questions.SEASON
+    near = np.minimum(day, means.YEAR - day) <= means.SEASON
     assert near[0] and near[-1] and not near.all()
     assert threshold[0] == pytest.approx(np.quantile(series[near], 0.995), abs=1e-3)
 

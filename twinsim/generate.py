@@ -25,7 +25,7 @@ from twinsim import files
 from twinsim.base import Array, BadInput, Condition, Constraint, Domain, Generator, Sample, Statistics, Target
 
 JOURNAL = "journal.jsonl"
-_DAMAGED = (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)  # what zarr raises for a chunk or metadata cut or flipped
+DAMAGED = (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)  # what zarr raises for a chunk or metadata cut or flipped
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _without_damage(store: Path, done: set[str], identity: str, report: Callable
     """The blocks of `done` that can be read back; what is damaged is removed, all of it where the arrays do not open."""
     try:
         arrays = [array for _, group in zarr.open_group(store / "arrays", mode="r").groups() for _, array in group.arrays()]
-    except _DAMAGED as error:
+    except DAMAGED as error:
         report(f"{store / 'arrays'}: the draws made before are damaged ({type(error).__name__}); drawing all of them again")
         shutil.rmtree(store)
         return set()
@@ -267,7 +267,7 @@ def damaged_chunks(array: zarr.Array) -> Iterator[tuple[str, tuple[slice, ...]]]
         part = tuple(slice(index * chunk, (index + 1) * chunk) for index, chunk in zip(place, array.chunks, strict=True))
         try:
             array[part]
-        except _DAMAGED:
+        except DAMAGED:
             yield "/".join([array.path, "c", *map(str, place)]), part
 
 

@@ -585,7 +585,7 @@ def _check_readable(folder: Path) -> None:
             damaged = [
                 file for _, array in sorted(zarr.open_group(samples, mode="r").arrays()) for file, _ in generate.damaged_chunks(array)
             ]
-    except (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except generate.DAMAGED as error:
         raise BadInput(f"{samples}: expected the samples of a run, its metadata are damaged ({type(error).__name__})") from error
     if damaged:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""

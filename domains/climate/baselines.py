@@ -16,8 +16,6 @@ from domains.climate.grid import coarsen, conserve_block_mean, refine
 from twinsim.base import BadInput, Baseline, Condition, Sample
 from twinsim.metrics import radial_spectrum
 
-YEAR = 365.25  # days
-SEASON = 15  # days before and after that count as the same season
 QUANTILES = 100  # of an empirical quantile mapping
 RATIO_FLOOR = 0.02  # of the mean climatology: smallest value that a ratio is formed with
 POOL = 3  # analogue days kept for each member drawn from them
@@ -111,8 +109,8 @@ class ClimatologyBootstrap:
         for i in range(0, n, self.in_a_row):
             near = self.starts
             if "day_of_year" in condition:
-                gap = np.abs(self.condition["day_of_year"][near] - np.asarray(condition["day_of_year"])[i])
-                season = near[np.minimum(gap, YEAR - gap) <= SEASON]
+                gap = means.days_apart(self.condition["day_of_year"][near], np.asarray(condition["day_of_year"])[i])
+                season = near[gap <= means.SEASON]
                 near = season if len(season) else near
             first = random.choice(near, members, replace=len(near) < members)
             pick[:, i : i + self.in_a_row] = first[:, None] + np.arange(self.in_a_row)
@@ -120,14 +118,13 @@ class ClimatologyBootstrap:
 
 
 class InARow:
-    """A generator of single days, asked for samples of `window` days in a row."""
+    """A generator of single days, asked for samples of `window` days in a row; `each_day` gives the conditions of their days."""
 
-    def __init__(self, of_days: Baseline, window: int, daily: Callable[[Condition], Condition]) -> None:
-        self.of_days, self.window, self.daily = of_days, window, daily
+    def __init__(self, of_days: Baseline, window: int, each_day: Callable[[Condition], Condition]) -> None:
+        self.of_days, self.window, self.each_day = of_days, window, each_day
 
     def __call__(self, condition: Condition, members: int, seed: int) -> Sample:
-        single = {name: np.asarray(values).ravel() for name, values in self.daily(condition).items()}
-        drawn = self.of_days(single, members, seed)
+        drawn = self.of_days(self.each_day(condition), members, seed)
         return {name: v.reshape(members, -1, self.window, *v.shape[2:]) for name, v in drawn.items()}
 
 

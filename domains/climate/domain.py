@@ -3,7 +3,8 @@
 One model serves several tasks by the choice of its conditions: none or scalars (generate, what-if), a coarse background
 (downscale). What the generator learns is always a residual: of a seasonal climatology with its response to warming, or
 of the interpolated background corrected by a regression that is fitted out of fold. The residual is handed over cell by
-cell (`Cells`) or as joint principal components (`Components`).
+cell or as joint principal components (`Components`); of several days in a row (`window`), as the first and what is new on each
+that follows.
 """
 
 import functools
@@ -187,9 +188,8 @@ class Climate:
             ny, nx = self.grid
             if ny % self.background.factor or nx % self.background.factor:
                 raise BadInput(f"background: factor {self.background.factor} does not divide the grid of {ny} x {nx} cells")
-        rows = {split: self.rows(split) for split in SPLITS}
         for first, second in itertools.combinations(SPLITS, 2):
-            if both := len(np.intersect1d(rows[first], rows[second])):
+            if both := len(np.intersect1d(self.rows(first), self.rows(second))):
                 raise BadInput(f"splits: {first} and {second} share {both} of the samples, expected none; {self._extent()}")
         for split in SPLITS:
             if split != "validation" and not len(self.starts(split)):
@@ -245,8 +245,8 @@ class Climate:
         if self.season:
             named["day_of_year"] = Variable((), "day", "day of the year, 0 at its start")
         if self.forcing:
-            told = self.dataset[self.forcing].attrs
-            named[self.forcing] = Variable((), str(told.get("units", "K")), str(told.get("long_name", "warming of the sea surface")))
+            what, units = questions.forcing_words(self)
+            named[self.forcing] = Variable((), units or "1", what)
         if self.background:
             coarse = tuple(f"{dim}_coarse" for dim in self.dims)
             for name, quantity in self.quantities.items():
@@ -255,6 +255,16 @@ class Climate:
 
     def rows(self, split: str) -> np.ndarray:
         """Positions of a split's samples along the item axis, in order. Raises BadInput."""
+        if split not in self._selected:
+            self._selected[split] = self._select(split)
+        return self._selected[split]
+
+    @cached_property
+    def _selected(self) -> dict[str, np.ndarray]:
+        """The rows of the splits that were asked for."""
+        return {}
+
+    def _select(self, split: str) -> np.ndarray:
         if split not in self.splits:
             if split == "validation":
                 return np.array([], int)
@@ -316,6 +326,13 @@ class Climate:
         forcing = np.asarray(recorded[self.forcing]) if self.forcing else None
         return {name: means.fit_harmonics(np.asarray(values), days, forcing) for name, values in self.truth(rows).items()}
 
+    @cached_property
+    def extremes(self) -> Mapping[str, np.ndarray]:
+        """High quantile of each variable over the training split: of each cell, `[y, x]`, or of all where cells have no place, `[]`."""
+        cellwise = 0 if not self.background or self.background.climatology else None
+        rows = self.rows("train")
+        return {name: np.quantile(self.dataset[name].values[rows], scores.EXTREME, axis=cellwise) for name in self.quantities}
+
     def source(self, split: str) -> "Truth":
         return Truth(self, self.starts(split))
 
@@ -337,7 +354,11 @@ class Climate:
         if self.background:
             sample = self.truth(rows) if sample is None else sample
             named |= {f"coarse_{name}": grid.coarsen(np.asarray(values), self.background.factor) for name, values in sample.items()}
-        return named or {NUMBER: np.arange(len(rows), dtype=np.float32)}
+        return named or self.unconditioned(len(rows))
+
+    def unconditioned(self, count: int) -> Condition:
+        """The conditions of `count` samples of a model that has none."""
+        return {NUMBER: np.arange(count, dtype=np.float32)}
 
     def daily(self, condition: Condition) -> Condition:
         """Conditions `[...]` of samples as those of each of their days, `[..., day]`."""
@@ -346,6 +367,12 @@ class Climate:
             first = named["day_of_year"]
             named["day_of_year"] = (first + jnp.broadcast_to(jnp.arange(self.window, dtype=np.float32), first.shape)) % means.YEAR
         return named
+
+    def each_day(self, condition: Condition) -> Condition:
+        """Conditions `[n, ...]` of samples as those of all their days, `[n * window, ...]`, on the host."""
+        if self.window == 1:
+            return condition
+        return {name: np.asarray(values).ravel() for name, values in self.daily(condition).items()}
 
     def as_days(self, samples: Sample) -> Sample:
         """Samples `[..., n, *shape]` as single days `[..., n * window, y, x]`."""
@@ -376,7 +403,7 @@ class Climate:
             days = np.asarray(condition.get("day_of_year", np.zeros(len(rows), np.float32)))
             own = {name: None if name in statistics["scores"] else extra for name in transformed}  # scores carry their response
             statistics["climatology"] = {name: self._fit_mean(v, days, own[name]) for name, v in transformed.items()}
-            expected = {name: self._expected_of(statistics, name, v, condition) for name, v in transformed.items()}
+            expected = {name: np.asarray(self._expected(statistics, name, condition)) for name in transformed}
             cellwise = (0,)
         residual = {name: transformed[name] - expected[name] for name in transformed}
         if not self.background:
@@ -534,12 +561,8 @@ class Climate:
         if self.background:
             return self._interpolate(statistics, name, condition) + self._regress(statistics, name, condition)
         extra = condition[self.forcing] if self.forcing else None
-        days = condition["day_of_year"] if self.season else jnp.zeros(() if extra is None else np.shape(extra))
+        days = condition["day_of_year"] if self.season else jnp.zeros_like(condition[self.forcing or NUMBER])
         return means.harmonics(statistics["climatology"][name], days, extra)
-
-    def _expected_of(self, statistics: Statistics, name: str, transformed: np.ndarray, condition: Condition) -> np.ndarray:
-        """What is expected of recorded samples, of the shape of `transformed` `[n, y, x]`."""
-        return np.broadcast_to(np.asarray(self._expected(statistics, name, condition)), transformed.shape)
 
     def _fit_spreads(self, statistics: dict[str, Any], residual: dict[str, np.ndarray], condition: Condition) -> dict[str, np.ndarray]:
         """Fits how the residual's spread changes with season and forcing; returns residuals `[n, y, x]` freed of both."""
@@ -577,34 +600,35 @@ class Climate:
 
     def examples(self, statistics: Statistics, split: str = "train", block: int = 256) -> Iterator[Example]:
         """Examples of a split in blocks `[n, ...]`; those of "train" with means predicted out of fold."""
+        of_days = self._examples_of_days(statistics, split, block)
+        return of_days if self.window == 1 else self._in_a_row_of(statistics, of_days, split, block)
+
+    def _examples_of_days(self, statistics: Statistics, split: str, block: int) -> Iterator[Example]:
         rows = self.rows(split)
         truth = self.truth(rows)
         condition = self.conditions(rows, truth)
         transformed = self._transformed(statistics, truth, condition)
-        expected = {name: self._expected_of(statistics, name, v, condition) for name, v in transformed.items()}
+        expected = {name: np.asarray(self._expected(statistics, name, condition)) for name in transformed}
         if self.background and split == "train":
             raw = {name: np.asarray(self._interpolate(statistics, name, condition)) for name in self.quantities}
             fitted = self._fit_regression({name: transformed[name] - raw[name] for name in raw}, condition)
             expected |= {name: raw[name] + out_of_fold for name, (_, out_of_fold) in fitted.items()}
         encode = jax.jit(jax.vmap(self._example, in_axes=(None, 0, 0, 0)))
+        for first in range(0, len(rows), block):
+            part = slice(first, first + block)
+            parts = ({name: v[part] for name, v in values.items()} for values in (transformed, expected, condition))
+            yield jax.tree.map(np.asarray, encode(statistics, *parts))
 
-        def of_days() -> Iterator[Example]:
-            for first in range(0, len(rows), block):
-                part = slice(first, first + block)
-                parts = ({name: v[part] for name, v in values.items()} for values in (transformed, expected, condition))
-                yield jax.tree.map(np.asarray, encode(statistics, *parts))
-
-        if self.window == 1:
-            return of_days()
-        return self._in_windows(statistics, jax.tree.map(lambda *parts: np.concatenate(parts), *of_days()), rows, split, block)
-
-    def _in_windows(self, statistics: Statistics, daily: Example, rows: np.ndarray, split: str, block: int) -> Iterator[Example]:
-        """Examples of single days `[n, ...]` as examples of several days: the first, and what is new on each that follows."""
-        first = np.searchsorted(rows, self.starts(split))
+    def _in_a_row_of(self, statistics: Statistics, of_days: Iterator[Example], split: str, block: int) -> Iterator[Example]:
+        """Examples of single days as those of several in a row: the first day, and what is new on each that follows."""
+        daily: Example = jax.tree.map(lambda *parts: np.concatenate(parts), *of_days)
+        states = daily.target[:, 0]
+        new = codec.to_innovations(statistics["memory"], states)  # where two days do not follow one another it is not looked at
+        first = np.searchsorted(self.rows(split), self.starts(split))
         for begin in range(0, len(first), block):
             chosen = first[begin : begin + block]
-            states = daily.target[:, 0][chosen[:, None] + np.arange(self.window)]
-            target = np.stack([codec.to_innovations(statistics["memory"], each) for each in states])
+            later = new[chosen[:, None] + np.arange(1, self.window)]
+            target = np.concatenate([states[chosen][:, None], later], axis=1)
             yield Example(target, np.zeros((len(chosen), self.window, 0), np.float32), daily.scalars[chosen])
 
     def _example(self, statistics: Statistics, transformed: Sample, expected: Sample, condition: Condition) -> Example:
@@ -720,18 +744,22 @@ class Climate:
         broken: dict[str, Array] = {}
         if "mass" in self._usual_balance:
             mean, most = self._usual_balance["mass"]
-            off = jax.vmap(lambda ps: physics.mass_deviation(ps, self.weights[:, 0], mean))(self._each_day(sample["ps"]))
+            off = jax.vmap(lambda ps: physics.mass_deviation(ps, self.weights[:, 0], mean))(self._stacked_days(sample["ps"]))
             broken["mass of the atmosphere, Pa of global mean pressure"] = jnp.maximum(jnp.max(off) - most, 0.0)
         if "geostrophic" in self._usual_balance:
             (most,) = self._usual_balance["geostrophic"]
-            latitude = self.dataset[self.dims[0]].values
-            fields = [self._each_day(sample[name]) for name in scores.GEOSTROPHIC]
-            residual = jax.vmap(functools.partial(physics.geostrophic_residual, lat=latitude))(*fields)
+            residual = self._imbalance({name: self._stacked_days(sample[name]) for name in scores.GEOSTROPHIC})
             broken["geostrophic balance, residual / spread of the wind"] = jnp.maximum(jnp.max(residual) - most, 0.0)
         return broken
 
-    def _each_day(self, values: Array) -> Array:
+    def _stacked_days(self, values: Array) -> Array:
+        """The days of one sample, `[day, y, x]`."""
         return jnp.reshape(values, (-1, *self.grid))
+
+    def _imbalance(self, days: Sample) -> Array:
+        """The geostrophic residual of each day `[day, y, x]`."""
+        residual = functools.partial(physics.geostrophic_residual, lat=self.dataset[self.dims[0]].values)
+        return jax.vmap(residual)(*(days[name] for name in scores.GEOSTROPHIC))
 
     @cached_property
     def _usual_balance(self) -> Mapping[str, tuple[float, ...]]:
@@ -745,11 +773,10 @@ class Climate:
             pressure = (self.dataset["ps"].values[rows].astype(np.float64) * self.weights).mean((1, 2))
             mean = float(pressure.mean())
             usual["mass"] = (mean, BALANCE_KEPT * float(np.abs(pressure - mean).max()))
-        if set(scores.GEOSTROPHIC) <= set(self.quantities) and physics.has_mid_latitudes(latitude):
+        if set(scores.GEOSTROPHIC) <= set(self.quantities) and physics.mid_latitudes(latitude).any():
             few = rows[:: max(1, len(rows) // 200)]
-            fields = [self.dataset[name].values[few].astype(np.float32) for name in scores.GEOSTROPHIC]
             with jax.ensure_compile_time_eval():  # it may be asked for first while a draw is traced
-                residual = np.asarray(jax.vmap(functools.partial(physics.geostrophic_residual, lat=latitude))(*fields))
+                residual = np.asarray(self._imbalance({name: self.dataset[name].values[few] for name in scores.GEOSTROPHIC}))
             usual["geostrophic"] = (BALANCE_KEPT * float(residual.max()),)
         return usual
 
@@ -797,7 +824,7 @@ class Climate:
             }
         else:
             named = {season: recorded("none"), "PCA-Gaussian": gaussian("none")}
-        return {name: baselines.InARow(each, self.window, self.daily) if self.window > 1 else each for name, each in named.items()}
+        return {name: baselines.InARow(each, self.window, self.each_day) if self.window > 1 else each for name, each in named.items()}
 
     def membership(self, generated: Sample, truth: Sample, ask: Callable[[Question], Sample]) -> Score | None:
         """Whether samples betray the training data; where samples depend on a background, training days are drawn as well.

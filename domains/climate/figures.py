@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from domains.climate import questions, scores
-from twinsim.base import Question, Sample, Section
+from twinsim.base import Question, Section
 
 if TYPE_CHECKING:
     from domains.climate.domain import Climate
@@ -27,7 +27,7 @@ def sections(domain: "Climate", asked: Any, question: Question, dataset: xr.Data
 
 def summary(domain: "Climate", question: Question, dataset: xr.Dataset) -> str:
     """The answer in a sentence: what is imposed and the leading variables, against the training climatology."""
-    climatology = _climatology(domain, question, dataset)
+    climatology = _climatology(domain, question)
     parts = []
     for impose in _imposed(question):
         change, low, high = _change(
@@ -90,7 +90,8 @@ def _items(domain: "Climate") -> str:
 def _answer(domain: "Climate", asked: Any, question: Question, dataset: xr.Dataset) -> Section:
     table = [["Area mean", "Answer", "Training climate", "Change", "Among members"]]
     pictures = {}
-    climatology = _climatology(domain, question, dataset)
+    climatology = _climatology(domain, question)
+    seasonal = _seasonal(domain, question) if domain.window > 1 else {}
     shown = _shown(domain, question)
     for name in [*shown, *(name for name in domain.quantities if name not in shown)]:
         quantity = domain.quantities[name]
@@ -121,8 +122,8 @@ def _answer(domain: "Climate", asked: Any, question: Question, dataset: xr.Datas
                 f"from {(state - base).min():+.3g} to {(state - base).max():+.3g} among cells."
             )
             pictures[caption] = maps(domain, fields, quantity.units)
-        if name in shown and domain.window > 1:
-            pictures |= _film(domain, name, question, dataset)
+            if domain.window > 1:
+                pictures |= _film(domain, name, seasonal[name], question, dataset)
     text = ["The change is that of the mean over all days and members; the range is that of members' own means."]
     return Section("The answer", [*text, *question.notes], {"Area means against the training climate of the same days": table}, pictures)
 
@@ -144,26 +145,24 @@ def _look(domain: "Climate", evaluation: Any) -> Section:
     return Section("Samples beside truth and baselines", [] if domain.background else text, {}, pictures)
 
 
-def _climatology(domain: "Climate", question: Question, dataset: xr.Dataset) -> Mapping[str, np.ndarray]:
+def _climatology(domain: "Climate", question: Question) -> Mapping[str, np.ndarray]:
     """Mean of the training climate over the question's days, `[y, x]`; with a background, over all training days."""
     if domain.background:
         rows = domain.rows("train")
         return {name: np.asarray(values).mean(0) for name, values in domain.truth(rows).items()}
-    daily = domain.daily(question.condition)
-    plain: Sample = {name: np.asarray(v).ravel() for name, v in daily.items() if name == "day_of_year"}
-    count = dataset.sizes[domain.item]
-    return {
-        name: values[:count].mean(0) for name, values in scores.training_climatology(domain, plain or {"item": np.zeros(count)}).items()
-    }
+    return {name: values.mean(0) for name, values in _seasonal(domain, question).items()}
 
 
-def _film(domain: "Climate", name: str, question: Question, dataset: xr.Dataset) -> dict[str, bytes]:
-    """The first days in a row of one member as departures from the season, around what is imposed: caption -> picture."""
-    daily = {key: np.asarray(v).ravel()[: domain.window] for key, v in domain.daily(question.condition).items() if key == "day_of_year"}
-    usual = scores.training_climatology(domain, daily or {"item": np.zeros(domain.window)})[name]
+def _seasonal(domain: "Climate", question: Question) -> Mapping[str, np.ndarray]:
+    """Mean of the training climate on each day of a question, `[day, y, x]`."""
+    return scores.training_climatology(domain, domain.each_day(question.condition))
+
+
+def _film(domain: "Climate", name: str, usual: np.ndarray, question: Question, dataset: xr.Dataset) -> dict[str, bytes]:
+    """The first days in a row of one member less the usual ones `[day, y, x]`, around what is imposed: caption -> picture."""
     boxes = [impose.box for impose in _imposed(question)]
     around = _around(domain, boxes[0]) if boxes else None
-    days = zip(domain.dates(question), dataset[name].values[0], usual, strict=False)
+    days = list(zip(domain.dates(question), dataset[name].values[0], usual, strict=True))[: domain.window]
     fields = {str(day)[:10]: (field - mean, "difference") for day, field, mean in days}
     quantity = domain.quantities[name]
     where = ", around the box that is imposed on" if boxes else ""

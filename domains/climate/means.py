@@ -108,6 +108,14 @@ def fit_spread(residual: np.ndarray, extra: np.ndarray, weights: np.ndarray) -> 
     return np.float32(np.polyfit(levels, log_variance, 1, w=np.sqrt(count))[0] / 2)
 
 
+SEASON = 15  # days before and after that count as the same season
+
+
+def days_apart(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """How far two days of the year lie apart, the shorter way round, in days."""
+    return np.abs((first - second + YEAR / 2) % YEAR - YEAR / 2)
+
+
 SPREAD_NODES = 17  # of a spread that depends on the expected value
 
 

@@ -65,16 +65,15 @@ def mass_deviation(ps: Array, weights: np.ndarray, expected: Array | float) -> A
     return jnp.abs(global_mean(ps - expected, weights))  # the mean of a small difference, for float32
 
 
-def has_mid_latitudes(lat: np.ndarray) -> bool:
-    """Whether a grid has rows where the wind is nearly geostrophic."""
-    return bool(((np.abs(lat) > MID_LATITUDES[0]) & (np.abs(lat) < MID_LATITUDES[1])).any())
+def mid_latitudes(lat: np.ndarray) -> np.ndarray:
+    """Which rows of a grid lie where the wind is nearly geostrophic, `[lat]`."""
+    return (np.abs(lat) > MID_LATITUDES[0]) & (np.abs(lat) < MID_LATITUDES[1])
 
 
 def _mid_latitudes(ua: Array, zg: Array, ta: Array, ps: Array, lat: np.ndarray) -> tuple[Array, Array]:
-    inside = (np.abs(lat) > MID_LATITUDES[0]) & (np.abs(lat) < MID_LATITUDES[1])
-    if not inside.any():
+    rows = np.flatnonzero(mid_latitudes(lat))
+    if not len(rows):
         raise BadInput(f"geostrophic balance: expected latitudes between {MID_LATITUDES[0]} and {MID_LATITUDES[1]} degrees, got none")
-    rows = np.flatnonzero(inside)
     return jnp.asarray(ua)[rows], geostrophic_wind(zg, ta, ps, lat)[rows]
 
 

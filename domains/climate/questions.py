@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from domains.climate.domain import Climate
 
 MOST_DAYS = 40_000  # in one scenario, about a century
-SEASON = 15  # days either side of a date whose training days make a threshold
 SST = "sst_offset"  # the forcing that scenarios call by its own name, and that is 0 where they say nothing
 MOST_WARMING = 10.0  # K, either way
 MISPLACED = 0.1  # of a coarse cell: how far a cell of a background file may lie from the block of the model's grid
@@ -127,6 +126,7 @@ def ask(domain: "Climate", scenario: ClimateScenario, folder: Path) -> Question:
         condition, coords = _from_period(domain, scenario)
     days = len(next(iter(coords.values()))[1])
     condition |= _forced(domain, scenario, condition, days)
+    condition = condition or dict(domain.unconditioned(days))
     imposed = [_imposed(domain, each, condition) for each in scenario.impose]
     for index, (_, _, threshold) in enumerate(imposed):
         condition[f"threshold{index}"] = threshold
@@ -302,10 +302,12 @@ def _imposed(domain: "Climate", impose: Impose, condition: Condition) -> tuple[f
     if domain.season:
         recorded = _days(domain.dataset["time"][rows])
         wanted = np.asarray(condition["day_of_year"])
-        apart = np.abs((recorded[None] - wanted[:, None] + means.YEAR / 2) % means.YEAR - means.YEAR / 2)
-        threshold = np.array([np.quantile(series[near <= SEASON], level) if (near <= SEASON).any() else np.nan for near in apart])
+        seasons = means.days_apart(recorded[None], wanted[:, None]) <= means.SEASON
+        threshold = np.array([np.quantile(series[season], level) if season.any() else np.nan for season in seasons])
         if not np.isfinite(threshold).all():
-            raise BadInput(f"impose: no training day lies within {SEASON} days of day {wanted[~np.isfinite(threshold)][0]:.0f} of the year")
+            raise BadInput(
+                f"impose: no training day lies within {means.SEASON} days of day {wanted[~np.isfinite(threshold)][0]:.0f} of the year"
+            )
     else:
         threshold = np.full(len(next(iter(condition.values()))), np.quantile(series, level))
     sign = 1.0 if above else -1.0

@@ -21,7 +21,7 @@ GEOSTROPHIC = ("zg500", "ta500", "ps", "ua500")  # what the balance of wind and 
 HECTOPASCAL = 100.0  # Pa
 SPECTRAL_BAND = (30.0, 60.0)  # degrees north, where zonal spectra are compared; all latitudes where the grid has none of these
 COMPARED = 300  # generated samples that are looked for among the training days
-COPY_CELLS = 16  # along an axis, that two days are compared by
+THIN_CELLS = 16  # about so many along an axis suffice for an interval, and to tell two days apart
 EXTREME = 0.95  # quantile of the training samples above which the CRPS of extremes counts
 UPPER = 0.75  # quantile of the truth in a cell: the event whose probability is judged
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
@@ -54,12 +54,12 @@ def score(domain: "Climate", generated: Sample, truth: Sample, condition: Condit
     """
     table: dict[str, Score] = {}
     curves: dict[str, np.ndarray] = {}
+    condition = domain.each_day(condition)
+    climatology = {} if domain.background else training_climatology(domain, condition)
     if domain.window > 1:
-        each_day = {name: np.asarray(values).ravel() for name, values in domain.daily(condition).items()}
-        climatology = training_climatology(domain, each_day)
         for name in domain.quantities:
             _score_succession(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), climatology[name], table)
-        generated, truth, condition = domain.as_days(generated), domain.as_days(truth), each_day
+    generated, truth = domain.as_days(generated), domain.as_days(truth)
     for name in domain.quantities:
         _score_ensemble(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), table, curves)
     if domain.background:
@@ -67,13 +67,12 @@ def score(domain: "Climate", generated: Sample, truth: Sample, condition: Condit
             _score_downscaling(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), condition, table)
             curves[f"calibration/{name}"] = reliability(np.asarray(generated[name]), np.asarray(truth[name]))
     else:
-        climatology = training_climatology(domain, condition)
         for name in domain.quantities:
             _score_distribution(domain, name, np.asarray(generated[name]), np.asarray(truth[name]), climatology[name], table)
         if domain.forcing:
             _score_change(domain, generated, truth, climatology, table)
         _score_memory(domain, generated, truth, table)
-    if set(GEOSTROPHIC) <= set(domain.quantities) and physics.has_mid_latitudes(domain.dataset[domain.dims[0]].values):
+    if set(GEOSTROPHIC) <= set(domain.quantities) and physics.mid_latitudes(domain.dataset[domain.dims[0]].values).any():
         _score_balance(domain, generated, table)
     names = list(domain.quantities)
     for first, second in zip(names, names[1:], strict=False):
@@ -118,7 +117,7 @@ def reliability(ensemble: np.ndarray, truth: np.ndarray, level: float = UPPER) -
 
 def _score_memory(domain: "Climate", generated: Sample, truth: Sample, table: dict) -> None:
     """How near generated samples come to training days, in every variable at once on a thinned grid: copies, and distances."""
-    thin = tuple(slice(None, None, max(1, cells // COPY_CELLS)) for cells in domain.grid)
+    thin = _thin(domain)
     train = {name: domain.dataset[name].values[domain.rows("train")][:, *thin] for name in domain.quantities}
     spread = {name: np.float32(values.std() + 1e-12) for name, values in train.items()}
 
@@ -132,6 +131,11 @@ def _score_memory(domain: "Climate", generated: Sample, truth: Sample, table: di
         table["distance to the nearest training day, ratio"] = metrics.distance_ratio(
             drawn, stacked(train), held_out, block=domain.judge.block
         )
+
+
+def _thin(domain: "Climate") -> tuple[slice, ...]:
+    """Every so manieth cell along each axis of the grid."""
+    return tuple(slice(None, None, max(1, cells // THIN_CELLS)) for cells in domain.grid)
 
 
 def pool(ensemble: np.ndarray, most: int) -> np.ndarray:
@@ -186,8 +190,7 @@ def _score_downscaling(domain: "Climate", name: str, ensemble: np.ndarray, truth
     if quantity.wet:
         wet = [metrics.exceedance(ensemble, quantity.wet), metrics.exceedance(truth[None], quantity.wet)]
         table[f"{name}: wet fraction ratio"] = metrics.interval(wet, metrics.ratio, block=block, ideal=1.0)
-        above = _usual_extreme(domain, name)
-        tail = metrics.tail_crps(ensemble, truth, above, domain.weights)
+        tail = metrics.tail_crps(ensemble, truth, domain.extremes[name], domain.weights)
         table[f"{name}: CRPS above the {EXTREME:.0%} quantile"] = metrics.interval(tail, block=block, units=quantity.units)
         for level, label in ((0.99, "99 % quantile ratio"), (0.999, "99.9 % quantile ratio")):
             table[f"{name}: {label}"] = _bootstrap_ratio(ensemble, truth, level, block)
@@ -196,12 +199,6 @@ def _score_downscaling(domain: "Climate", name: str, ensemble: np.ndarray, truth
         for level, label in ((0.01, "1 % quantile error"), (0.99, "99 % quantile error")):
             table[f"{name}: {label}"] = Score(metrics.quantile_error(flat, truth, level, domain.weights), 0.0, quantity.units)
     _score_return_level(domain, name, ensemble, truth, table)
-
-
-def _usual_extreme(domain: "Climate", name: str) -> np.ndarray:
-    """High quantile of the training samples, in each cell where cells have a place, `[y, x]` or `[]`."""
-    values = domain.dataset[name].values[domain.rows("train")]
-    return np.quantile(values, EXTREME, axis=0 if domain.background and domain.background.climatology else None)
 
 
 def _bootstrap_ratio(ensemble: np.ndarray, truth: np.ndarray, level: float, block: int, draws: int = 100) -> Score:
@@ -221,7 +218,7 @@ def _score_distribution(
 ) -> None:
     weights, most = domain.weights, domain.judge.pooled
     generated, reference = pool(ensemble - climatology, most), truth - climatology
-    thin = tuple(slice(None, None, max(1, cells // 16)) for cells in domain.grid)  # cells enough for an interval
+    thin = _thin(domain)
 
     def distance(g: np.ndarray, r: np.ndarray) -> float:
         return metrics.sliced_wasserstein(g, r, weights if g.shape[1:] == weights.shape else weights[thin])
@@ -302,7 +299,7 @@ def _score_balance(domain: "Climate", generated: Sample, table: dict) -> None:
     pick = {name: pool(np.asarray(generated[name]), 200) for name in GEOSTROPHIC}
     zg, ta, ps, ua = (pick[name] for name in GEOSTROPHIC)
     wind = np.stack([physics.geostrophic_wind(*each, latitude) for each in zip(zg, ta, ps, strict=True)])
-    inside = (np.abs(latitude) > physics.MID_LATITUDES[0]) & (np.abs(latitude) < physics.MID_LATITUDES[1])
+    inside = physics.mid_latitudes(latitude)
     u, balanced = ua[:, inside], wind[:, inside]
     table["geostrophic residual"] = Score(float(np.sqrt(((u - balanced) ** 2).mean()) / u.std()), 0.0)
     table["correlation with the geostrophic wind"] = Score(float(np.corrcoef(u.ravel(), balanced.ravel())[0, 1]), 1.0)
