@@ -241,18 +241,20 @@ def test_text_is_refused(tmp_path):
 @pytest.mark.parametrize("shape", [(), (7,), (5, 3, 2)])
 def test_checksum_is_the_same_on_host_and_device(dtype, shape):
     values = (np.random.default_rng(0).normal(size=shape) * 3).astype(jnp.dtype(dtype))
-    np.testing.assert_array_equal(checkpoint._checksum(np.asarray(values)), checkpoint._checksum(jnp.asarray(values)))
+    np.testing.assert_array_equal(
+        checkpoint._checksums({"x": np.asarray(values)})["x"], checkpoint._checksums({"x": jnp.asarray(values)})["x"]
+    )
 
 
 def test_checksum_sees_every_bit_and_every_place():
     values = np.random.default_rng(0).normal(size=50).astype(np.float32)
-    sums = {tuple(checkpoint._checksum(values))}
+    sums = {tuple(checkpoint._checksums({"x": values})["x"])}
     for place in range(50):
         for bit in range(32):
             changed = values.copy()
             changed.view(np.uint32)[place] ^= np.uint32(1 << bit)
-            sums.add(tuple(checkpoint._checksum(changed)))
-    sums.add(tuple(checkpoint._checksum(np.roll(values, 1))))
+            sums.add(tuple(checkpoint._checksums({"x": changed})["x"]))
+    sums.add(tuple(checkpoint._checksums({"x": np.roll(values, 1)})["x"]))
     assert len(sums) == 1 + 50 * 32 + 1
 
 

@@ -58,7 +58,8 @@ def sampler(devices=8, domain=None, generator=Mixer, **question):
 
 def drawer(devices=8, tile=4, seed=1, **given):
     compiled = sampler(devices, **given)
-    return lambda block: generate.compute(compiled, PARAMS, STATISTICS, CONDITION, block, seed, tile, devices)
+    where = mesh.make_mesh({}, jax.devices()[:devices])
+    return lambda block: generate.compute(compiled, PARAMS, STATISTICS, CONDITION, block, seed, tile, where)
 
 
 def stream(store, draw, batch=8, members=6, identity="one", **more):
@@ -133,11 +134,11 @@ def test_a_killed_stream_goes_on_where_it_was(expected, tmp_path):
 def test_a_torn_journal_counts_up_to_the_tear(expected, tmp_path, torn):
     with pytest.raises(Killed):
         stream(tmp_path, counting(drawer(), fatal=4))
-    with (tmp_path / generate.JOURNAL).open("a") as journal:
+    with (tmp_path / generate.journal_name(0)).open("a") as journal:
         journal.write(torn)
     with pytest.raises(Killed):  # killed again, after one more block: its line is not lost behind the torn one
         stream(tmp_path, counting(drawer(), fatal=2))
-    lines = [json.loads(line) for line in (tmp_path / generate.JOURNAL).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / generate.journal_name(0)).read_text().splitlines()]
     assert len(lines) == 5 and all("block" in line for line in lines[1:])
     np.testing.assert_array_equal(stream(tmp_path, drawer())[0], expected)
 
@@ -225,7 +226,7 @@ class Fragile(Toy):
 def test_a_draw_that_is_not_finite_stops_and_leaves_nothing_of_its_block(tmp_path):
     with pytest.raises(FloatingPointError, match=r"x is not finite in draws 0-1:3-5"):
         stream(tmp_path, drawer(domain=Fragile()), batch=3)
-    lines = (tmp_path / generate.JOURNAL).read_text().splitlines()
+    lines = (tmp_path / generate.journal_name(0)).read_text().splitlines()
     assert lines[1:] == ['{"block": "0-1:0-3"}']
     assert [path.name for path in (tmp_path / "arrays/sample/x/c/0").iterdir()] == ["0"]
 

@@ -84,8 +84,8 @@ def test_a_request_to_stop_leaves_no_half_run(tmp_path: Path, asked: list[Path],
 
 
 class _Asked:
-    def __enter__(self) -> Callable[[int], bool]:
-        return lambda step: True
+    def __enter__(self) -> Callable[[], bool]:
+        return lambda: True
 
     def __exit__(self, *error: object) -> None:
         return None

@@ -14,6 +14,8 @@ import re
 import shutil
 import threading
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from twinsim.data import publish
 
 FORMAT = "twinsim-checkpoint-1"
 MANIFEST = "manifest.json"
+ALONE = "state.npz"  # the arrays of a step that one process saved by itself
 SPARE = 1.05  # disk space asked for before a save, in sizes of the state
 
 Report = Callable[[str], None]
@@ -66,13 +69,14 @@ class _Save(threading.Thread):
             self.error = error
 
 
-def save(folder: Path, step: int, tree: Tree, *, keep: int = 3, wait: bool = False) -> None:
+def save(folder: Path, step: int, tree: Tree, *, keep: int = 3, wait: bool = False, alone: bool = False) -> None:
     """Saves `tree` as `step` in the background; its arrays may be donated as soon as this returns.
 
     A save is never skipped: one that is still at work in `folder` is waited for. Afterwards the `keep` newest steps remain.
 
     Args:
       tree: nested dicts, tuples and dataclasses of numpy or JAX arrays, random keys among them.
+      alone: of several processes, only this one saves, and its own arrays; orbax would have all of them take part.
 
     Raises:
       BadInput: not enough room on the disk.
@@ -84,26 +88,39 @@ def save(folder: Path, step: int, tree: Tree, *, keep: int = 3, wait: bool = Fal
     leaves = _flatten(tree)
     needed = int(sum(leaf.nbytes for leaf in leaves.values()) * SPARE)
     unfinished = folder / f"{step}.saving"
-    if meshes.is_first():
+    writes = alone or meshes.is_first()
+    if writes:
         folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(folder).free) < needed:
             raise BadInput(f"checkpoint {step} needs {needed / 2**20:.0f} MiB, but {folder} has {free / 2**20:.0f} MiB free")
         for stale in folder.glob("*.saving"):  # of a run that was killed
             shutil.rmtree(stale)
-    meshes.wait_for_all(f"checkpoint {step}")
-    sums = {path: _checksum(leaf) for path, leaf in leaves.items()}
-    response = ocp.save_async(unfinished / "state", {path: leaf for path, leaf in leaves.items() if leaf.size} or {"": np.zeros(1)})
+    if not alone:
+        meshes.wait_for_all(f"checkpoint {step}")
+    sums = _checksums(leaves)
+    written = _write_alone(unfinished, leaves) if alone else ocp.save_async(unfinished / "state", _with_values(leaves)).result
     described = {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": _hex(sums[path])} for path, leaf in leaves.items()}
 
     def complete() -> None:
-        response.result()
-        if meshes.is_first():
+        written()
+        if writes:
             _complete(folder, step, unfinished, described, keep)
 
     _saving[folder] = thread = _Save(complete)
     thread.start()
     if wait:
         finish(folder)
+
+
+def _with_values(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What orbax is given: it refuses arrays without elements, and trees without arrays."""
+    return {path: leaf for path, leaf in leaves.items() if leaf.size} or {"": np.zeros(1)}
+
+
+def _write_alone(unfinished: Path, leaves: Mapping[str, Any]) -> Callable[[], None]:
+    host: dict[str, Any] = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+    unfinished.mkdir()
+    return lambda: np.savez(unfinished / ALONE, **host)
 
 
 def _complete(folder: Path, step: int, unfinished: Path, leaves: Mapping[str, Any], keep: int) -> None:
@@ -160,15 +177,16 @@ def restore(folder: Path, like: Tree, step: int | None = None, report: Report = 
 
 
 def restore_raw(folder: Path, step: int | None = None, report: Report = warnings.warn) -> tuple[int, dict[str, Any]]:
-    """As `restore`, without knowing what was saved: nested dicts of numpy arrays.
+    """As `restore`, without knowing what was saved: nested dicts of numpy arrays. Each process reads on its own.
 
     Keys come back as text, and tuples and lists as dicts by position; a random key comes back as its bits.
     """
 
     def load(path: Path, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        return _load(path, leaves, {name: np.empty(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"])) for name, leaf in leaves.items()})
+        targets = {name: np.empty(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"])) for name, leaf in leaves.items()}
+        return _load(path, leaves, targets)
 
-    found, values = _newest(folder, step, report, load)
+    found, values = _newest(folder, step, report, load, alone=True)
     tree: dict[str, Any] = {}
     for name, value in values.items():
         *parents, last = [key.replace("~1", "/").replace("~0", "~") for key in name.split("/")]
@@ -190,20 +208,30 @@ def fingerprint(folder: Path, step: int) -> str:
 def nonfinite(tree: Tree) -> list[str]:
     """The paths of the leaves that hold NaN or infinity."""
     leaves = {path: leaf for path, leaf in _flatten(tree).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    facts = {path: _all_finite(leaf) if isinstance(leaf, jax.Array) else np.isfinite(leaf).all() for path, leaf in leaves.items()}
+    facts = _of_each(leaves, _finite_on_devices, lambda leaf: np.isfinite(leaf).all())
     return [path for path, fact in facts.items() if not bool(fact)]
 
 
 @jax.jit
-def _all_finite(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf).all()
+def _finite_on_devices(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}
+
+
+def _of_each(
+    leaves: Mapping[str, Any], on_devices: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], on_host: Callable[[np.ndarray], Any]
+) -> dict[str, Any]:
+    """A fact of each leaf: of all that lie on devices by one program, since several at once may come to a standstill between processes."""
+    placed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
+    facts = jax.device_get(on_devices(placed)) if placed else {}
+    return {path: facts[path] if path in facts else on_host(leaf) for path, leaf in leaves.items()}
 
 
 def _newest(
-    folder: Path, step: int | None, report: Report, load: Callable[[Path, Mapping[str, Any]], dict[str, Any]]
+    folder: Path, step: int | None, report: Report, load: Callable[[Path, Mapping[str, Any]], dict[str, Any]], alone: bool = False
 ) -> tuple[int, dict[str, Any]]:
     finish(folder)
-    meshes.wait_for_all(f"saves in {folder} finished")
+    if not alone:
+        meshes.wait_for_all(f"saves in {folder} finished")
     candidates = [step] if step is not None else steps(folder)[::-1]
     if not candidates or (step is not None and not (folder / str(step)).is_dir()):
         raise BadInput(f"checkpoints: expected {'a step' if step is None else f'step {step}'} in {folder}, but there is none")
@@ -214,12 +242,13 @@ def _newest(
             values = load(path, _manifest(path)["leaves"])
         except _Damaged as error:
             trouble = error
-        if meshes.all_agree(trouble is None):
+        if trouble is None if alone else meshes.all_agree(trouble is None):
             return number, values
         trouble = trouble or _Damaged("elsewhere", "another process could not read it")
-        if meshes.is_first():
+        if alone or meshes.is_first():
             report(f"checkpoint {path} is damaged and not used: {trouble}; {_put_aside(path, trouble.reason)}")
-        meshes.wait_for_all(f"{path} put aside")
+        if not alone:
+            meshes.wait_for_all(f"{path} put aside")
     raise BadInput(f"checkpoints: no whole step is left in {folder}; damaged ones are kept there as *.quarantined-*")
 
 
@@ -267,15 +296,18 @@ def _compare(path: Path, leaves: Mapping[str, Any], targets: Mapping[str, Any]) 
 
 
 def _load(path: Path, leaves: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Any]:
-    abstract = {name: leaf for name, leaf in targets.items() if leaf.size} or {"": np.zeros(1)}
     try:
-        values = ocp.load(path / "state", abstract)
+        if (path / ALONE).exists():
+            with np.load(path / ALONE, allow_pickle=False) as arrays:
+                values = {name: arrays[name] for name in targets}
+        else:
+            values = ocp.load(path / "state", _with_values(targets))
     except jax.errors.JaxRuntimeError:  # the devices' trouble, not the file's
         raise
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
-        raise _Damaged("unreadable", f"orbax cannot read it ({str(error).splitlines()[0][:200]})") from error
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise _Damaged("unreadable", f"its arrays cannot be read ({str(error).splitlines()[0][:200]})") from error
     values = {name: values[name] if leaf.size else np.zeros(leaf.shape, leaf.dtype) for name, leaf in targets.items()}
-    sums = {name: _checksum(value) for name, value in values.items()}
+    sums = _checksums(values)
     if bad := [name for name in targets if _hex(sums[name]) != leaves[name]["checksum"]]:
         others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise _Damaged("checksum", f"{bad[0]}{others} differs from its checksum")
@@ -326,13 +358,15 @@ def _digest(leaves: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------- checksums
 
 
-def _checksum(leaf: Any) -> Any:
-    """Two 32-bit sums over the elements, each scrambled together with its place: `[2]` uint32.
+def _checksums(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Two 32-bit sums over the elements of each leaf, each scrambled together with its place: `[2]` uint32.
 
     The scrambling is a bijection of each word, so a single changed word always changes both sums.
     """
-    if isinstance(leaf, jax.Array):
-        return _sum_on_devices(leaf)
+    return _of_each(leaves, _sums_on_devices, _sum_on_host)
+
+
+def _sum_on_host(leaf: np.ndarray) -> np.ndarray:
     words = np.ascontiguousarray(leaf)
     width = min(words.itemsize, 4)
     words = words.reshape(-1).view(f"u{width}").astype(np.uint32)
@@ -344,7 +378,11 @@ _SALTS = (np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15))
 
 
 @jax.jit
-def _sum_on_devices(leaf: jax.Array) -> jax.Array:
+def _sums_on_devices(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: _sum_on_device(leaf) for path, leaf in leaves.items()}
+
+
+def _sum_on_device(leaf: jax.Array) -> jax.Array:
     if leaf.dtype == bool:
         leaf = leaf.astype(jnp.uint8)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):

@@ -10,9 +10,10 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 VERBS = {
     "run": "the whole chain: data, train, evaluate, generate, check, report, record",
@@ -69,9 +70,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(word in ("-h", "--help") for word in rest):
         print(HELP)
         return 0
-    with _sentences() as outcome:
-        outcome.code = _dispatch(verb, rest)
+    try:
+        with _sentences() as outcome:
+            outcome.code = _dispatch(verb, rest)
+    except Exception:
+        if not _several():
+            raise
+        traceback.print_exc()
+        _leave(1)
+    if outcome.code and _several():
+        _leave(outcome.code)
     return outcome.code
+
+
+def _several() -> bool:
+    """Whether this process has joined others."""
+    if "jax" not in sys.modules:
+        return False
+    from twinsim import mesh
+
+    return mesh.processes() > 1
+
+
+def _leave(code: int) -> NoReturn:
+    from twinsim import mesh
+
+    mesh.leave(code)
 
 
 def _dispatch(verb: str, words: list[str]) -> int:
@@ -103,34 +127,36 @@ def _one(verb: str, composed: Any, show: bool = False) -> int:
     """Runs a verb on a composed configuration."""
     import yaml
 
-    from twinsim import run
+    from twinsim import mesh, run
 
     config = run.resolve(composed)
     if show:
         print(yaml.safe_dump(config, sort_keys=False), end="")
         return 0
+    mesh.start_distributed(**config["scale"].get("start", {}))
     with _asked_to_stop():
         return _act(verb, config)
 
 
 def _act(verb: str, config: dict[str, Any]) -> int:
-    from twinsim import run
+    from twinsim import mesh, run
 
+    say = print if mesh.is_first() else lambda line: None
     if verb == "data":
         run.data(config, progress)
-        print(f"data: {run.places(config).data}")
+        say(f"data: {run.places(config).data}")
     elif verb == "train":
         run.training(config, progress)
-        print(f"model: {run.places(config).model}")
+        say(f"model: {run.places(config).model}")
     elif verb == "evaluate":
         evaluation = run.evaluate(config, progress)
         from twinsim import report
 
-        print(report.text_scorecard(evaluation.scores))
-        print(f"evaluation: {run.places(config).evaluation}")
+        say(report.text_scorecard(evaluation.scores))
+        say(f"evaluation: {run.places(config).evaluation}")
     else:
         folder = run.deliver(config, progress)
-        print(f"run:    {folder}\nreport: {folder / 'report.html'}\ndata:   {folder / 'samples.zarr'}")
+        say(f"run:    {folder}\nreport: {folder / 'report.html'}\ndata:   {folder / 'samples.zarr'}")
     return 0
 
 
@@ -329,7 +355,13 @@ def _keep_memory() -> None:
 
 @contextlib.contextmanager
 def progress(stage: str) -> Iterator[Any]:
-    """Shows a stage while it lasts: a bar with its ETA on a terminal, a line now and then elsewhere, both on stderr."""
+    """Shows a stage while it lasts: a bar with its ETA on a terminal, a line now and then elsewhere, both on stderr.
+
+    Of several processes, the first shows it.
+    """
+    if not _speaks():
+        yield lambda done, total, *note: None
+        return
     began = time.perf_counter()
     if sys.stderr.isatty():
         from rich.console import Console
@@ -381,7 +413,17 @@ def _sentences() -> Iterator[_Outcome]:
         outcome.code = _code(error)
         if not outcome.code:
             raise
-        _fail(" ".join(str(error).split()) or type(error).__name__)
+        if not hasattr(error, "exit_code") or _speaks():  # all processes have such an error together
+            _fail(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _speaks() -> bool:
+    """Whether this process is the one that shows what all of them do."""
+    if not _several():
+        return True
+    from twinsim import mesh
+
+    return mesh.is_first()
 
 
 def _code(error: Exception) -> int:
@@ -407,6 +449,9 @@ def _asked_to_stop() -> Iterator[None]:
     def leave(*_: Any) -> None:
         raise Preempted("asked to stop; the same command goes on from the last whole state")
 
+    if _several():  # JAX listens already, and lets all processes leave at the same step
+        yield
+        return
     try:
         before = signal.signal(signal.SIGTERM, leave)
     except ValueError:  # only the main thread may listen to signals

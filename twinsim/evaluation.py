@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from twinsim import files
+from twinsim import files, mesh
 from twinsim.base import BadInput, Baseline, Domain, Question, Sample, Score, Scores, Statistics
 
 MODEL = "twinsim"  # the generator's name among its baselines
@@ -48,27 +48,35 @@ def judge(
     progress: Callable[[str], Any],
     stop: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Scores `members` draws of at most `most` held-out items, and as many of each baseline. `stop` may raise between two of them."""
+    """Scores `members` draws of at most `most` held-out items, and as many of each baseline. `stop` may raise between two of them.
+
+    All processes draw; the first scores, and the others get an evaluation of nothing.
+    """
     question, truth = domain.exam(members, most)
     with progress("draw held-out") as update:
         samples, rules = draw(question, "test", seed, update)
     generated = {name: np.asarray(values[...]) for name, values in samples.items()}
-    with progress("score"):
-        scores = {MODEL: domain.score(generated, truth, question.condition)}
-    examples = {MODEL: _few(generated), "truth": {name: np.asarray(values)[:8] for name, values in truth.items()}}
-    baselines = domain.baselines(statistics)
-    with progress("baselines") as update:
-        for index, (name, baseline) in enumerate(baselines.items()):
-            stop()
-            drawn = baseline(question.condition, members, seed)
-            remembered = domain.membership(drawn, truth, functools.partial(_ask, baseline, seed + 1))
-            scores[name] = _with(domain.score(drawn, truth, question.condition), {}, remembered)
-            examples[name] = _few(drawn)
-            update(index + 1, len(baselines), name)
+    scores: dict[str, Scores] = {}
+    examples: dict[str, Mapping[str, np.ndarray]] = {}
+    with mesh.first_leads():
+        if mesh.is_first():
+            with progress("score"):
+                scores[MODEL] = domain.score(generated, truth, question.condition)
+            examples |= {MODEL: _few(generated), "truth": {name: np.asarray(values)[:8] for name, values in truth.items()}}
+            baselines = domain.baselines(statistics)
+            with progress("baselines") as update:
+                for index, (name, baseline) in enumerate(baselines.items()):
+                    stop()
+                    drawn = baseline(question.condition, members, seed)
+                    remembered = domain.membership(drawn, truth, functools.partial(_ask, baseline, seed + 1))
+                    scores[name] = _with(domain.score(drawn, truth, question.condition), {}, remembered)
+                    examples[name] = _few(drawn)
+                    update(index + 1, len(baselines), name)
     stop()
     with progress("memorisation") as update:
         remembered = domain.membership(generated, truth, lambda further: draw(further, "train", seed + 1, update)[0])
-    scores[MODEL] = _with(scores[MODEL], kept(rules), remembered)
+    if mesh.is_first():
+        scores[MODEL] = _with(scores[MODEL], kept(rules), remembered)
     return Evaluation(scores, examples)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import xarray as xr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
+from twinsim import mesh
 from twinsim.base import BadInput
 from twinsim.data import publish
 
@@ -20,12 +21,18 @@ CHUNK_ITEMS = 64  # along the item axis
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes its name when the block ends well; one that was broken off is gone on with."""
+    """A folder to write into that takes its name when the block ends well; one that was broken off is gone on with.
+
+    All processes of a run write into the same one.
+    """
     unfinished = folder.with_name(folder.name + ".partial")
     unfinished.mkdir(parents=True, exist_ok=True)
     yield unfinished
-    shutil.rmtree(folder, ignore_errors=True)
-    publish(unfinished, folder)
+    mesh.wait_for_all(f"{unfinished} written")
+    with mesh.first_leads():
+        if mesh.is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+            publish(unfinished, folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -37,7 +44,17 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def alone(folder: Path, tell: Callable[[str], None] = lambda sentence: None) -> Iterator[None]:
-    """Lets one process at a time make `folder`: jobs of a sweep share data and models. The lock ends with its process."""
+    """Lets one run at a time make `folder`: jobs of a sweep share data and models. The lock ends with its process.
+
+    Of the processes of a run, the first takes the lock, and all enter the block together.
+    """
+    with _locked(folder, tell) if mesh.is_first() else contextlib.nullcontext():
+        mesh.wait_for_all(f"{folder} is ours")
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
         # ENOLCK and the like: a file system without locks is worked on without them

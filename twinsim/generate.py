@@ -21,10 +21,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from twinsim import files
+from twinsim import files, mesh
 from twinsim.base import Array, BadInput, Condition, Constraint, Domain, Generator, Sample, Statistics, Target
 
-JOURNAL = "journal.jsonl"
 DAMAGED = (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)  # what zarr raises for a chunk or metadata cut or flipped
 
 
@@ -148,16 +147,16 @@ def compute(
     block: Block,
     seed: int,
     tile: int,
-    devices: int,
+    devices: Mesh,
 ) -> tuple[Sample, Mapping[str, np.ndarray]]:
     """The draws of one block, `[member, item, ...]`. Raises FloatingPointError where a value is not finite."""
     member, item = block.draws()
     count = len(member)
-    padded = -(-count // (tile * devices)) * tile * devices
+    padded = -(-count // (tile * devices.size)) * tile * devices.size
     fill = np.resize(np.arange(count), padded)  # the last tile is filled with draws that are thrown away
 
     def tiled(values: Array) -> Array:
-        return values[fill].reshape(padded // tile, tile, *values.shape[1:])
+        return jax.device_put(values[fill].reshape(padded // tile, tile, *values.shape[1:]), NamedSharding(devices, P(devices.axis_names)))
 
     keys = tiled(draw_keys(seed, member, item))
     chosen = {name: tiled(np.asarray(values)[item]) for name, values in condition.items()}
@@ -187,45 +186,82 @@ def stream(
 ) -> tuple[Sample, Mapping[str, np.ndarray]]:
     """Draws every block that is not yet in `store`, and returns all, memory-mapped by Zarr.
 
-    A block counts as done when its line is in the journal, which is written after the block's chunks. `identity` names
+    A block counts as done when its line is in a journal, which is written after the block's chunks. `identity` names
     what is drawn; a store begun for something else is started over. `stop` is called before each block and may raise.
     What was drawn before is read first: blocks of which a chunk is damaged are drawn again, and `report` is told.
+    Several processes share the blocks, each with a journal of its own; the first of them draws the first block, which
+    makes the arrays.
 
     Returns:
       samples `[member, item, ...]` and broken rules `[member, item]` as Zarr arrays.
     """
-    journal = store / JOURNAL
-    done, whole = _read_journal(journal, identity)
-    if not done and store.exists():
-        shutil.rmtree(store)
-    elif done:
-        os.truncate(journal, whole)  # a line that a kill tore
-        done = _without_damage(store, done, identity, report)
-    store.mkdir(parents=True, exist_ok=True)
-    group = zarr.open_group(store / "arrays", mode="a")
-    kinds = {kind: group.require_group(kind) for kind in ("sample", "rule")}
     every = list(blocks(members, items, batch))
-    for index, block in enumerate(every):
-        if block.name not in done:
+
+    def write(block: Block) -> None:
+        group = zarr.open_group(store / "arrays", mode="a")
+        for kind, values in zip(("sample", "rule"), draw(block), strict=True):
+            for name, array in values.items():
+                chunk = (every[0].members.stop, every[0].items.stop, *array.shape[2:])
+                leaf = name.encode().hex() if kind == "rule" else name  # a rule's name is a sentence, not a file name
+                stored = _array(group.require_group(kind), leaf, (members, items, *array.shape[2:]), chunk, array.dtype)
+                stored[block.members.start : block.members.stop, block.items.start : block.items.stop] = array
+                _flush(store / "arrays" / stored.path, stored.chunks, block)
+        _note(store / journal_name(mesh.process()), identity, block)
+
+    with mesh.first_leads():
+        done = _done_before(store, identity, report)
+        if not done:
+            store.mkdir(parents=True, exist_ok=True)
             stop()
-            for kind, values in zip(kinds, draw(block), strict=True):
-                for name, array in values.items():
-                    chunk = (every[0].members.stop, every[0].items.stop, *array.shape[2:])
-                    leaf = name.encode().hex() if kind == "rule" else name  # a rule's name is a sentence, not a file name
-                    stored = _array(kinds[kind], leaf, (members, items, *array.shape[2:]), chunk, array.dtype)
-                    stored[block.members.start : block.members.stop, block.items.start : block.items.stop] = array
-                    _flush(store / "arrays" / stored.path, stored.chunks, block)
-            with journal.open("a") as lines:
-                if not done:
-                    lines.write(json.dumps({"identity": identity}) + "\n")
-                lines.write(json.dumps({"block": block.name}) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
-            done.add(block.name)
-        progress(sum(len(b.members) * len(b.items) for b in every[: index + 1]), members * items)
-    samples: dict[str, Any] = dict(sorted(kinds["sample"].arrays()))
-    rules = {bytes.fromhex(name).decode(): np.asarray(array[...]) for name, array in sorted(kinds["rule"].arrays())}
+            write(every[0])
+            done = {every[0].name}
+    left = [block for block in every if block.name not in done]
+    count = mesh.processes()
+    for first in range(0, len(left), count):  # every process asks before each round whether to stop
+        stop()
+        for block in left[first : first + count][mesh.process() :][:1]:
+            write(block)
+        finished = len(every) - len(left) + min(first + count, len(left))
+        progress(sum(len(b.members) * len(b.items) for b in every[:finished]), members * items)
+    mesh.wait_for_all(f"{store} drawn")
+    group = zarr.open_group(store / "arrays", mode="r")
+    samples: dict[str, Any] = dict(sorted(_arrays(group, "sample")))
+    rules = {bytes.fromhex(name).decode(): np.asarray(array[...]) for name, array in sorted(_arrays(group, "rule"))}
     return samples, rules
+
+
+def journal_name(process: int | str) -> str:
+    """The file in which a process notes the blocks that it has drawn; "*" for all of them."""
+    return f"journal-{process}.jsonl"
+
+
+def _note(journal: Path, identity: str, block: Block) -> None:
+    """Adds a line to a journal, which tells first what is drawn; a line that a kill tore is cut off."""
+    whole = _read_journal(journal, identity)[1]
+    with journal.open("ab") as lines:
+        lines.truncate(whole)
+        if not whole:
+            lines.write(json.dumps({"identity": identity}).encode() + b"\n")
+        lines.write(json.dumps({"block": block.name}).encode() + b"\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def _done_before(store: Path, identity: str, report: Callable[[str], None]) -> set[str]:
+    """The blocks in `store` that can be read back; a store of something else, or without a journal, is removed by the first process."""
+    done = {name for journal in store.glob(journal_name("*")) for name in _read_journal(journal, identity)[0]}
+    if not mesh.is_first():
+        return done
+    if done:
+        return _without_damage(store, done, identity, report)
+    if store.exists():
+        shutil.rmtree(store)
+    return set()
+
+
+def _arrays(group: zarr.Group, kind: str) -> Iterator[tuple[str, zarr.Array]]:
+    inner = group.get(kind)
+    yield from inner.arrays() if isinstance(inner, zarr.Group) else ()
 
 
 def _array(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any) -> zarr.Array:
@@ -253,10 +289,10 @@ def _without_damage(store: Path, done: set[str], identity: str, report: Callable
     more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
     report(f"{damaged[0]}{more}: damaged; drawing {', '.join(sorted(lost)) or 'nothing'} (members:items) again")
     kept = done - lost
-    journal = store / JOURNAL
     entries = [{"identity": identity}, *({"block": name} for name in sorted(kept))] if kept else []
-    files.write_text(journal, "".join(json.dumps(entry) + "\n" for entry in entries))  # first: a chunk that is absent reads as zeros
-    for path in damaged:
+    rewritten = store / journal_name(0)
+    files.write_text(rewritten, "".join(json.dumps(entry) + "\n" for entry in entries))  # first: a chunk that is absent reads as zeros
+    for path in [*(path for path in store.glob(journal_name("*")) if path != rewritten), *damaged]:
         path.unlink(missing_ok=True)
     return kept
 

@@ -8,9 +8,10 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -30,10 +31,21 @@ RULES: Rules = (
 )
 
 
+GOODBYE = 5.0  # seconds that a process which ends with an error waits for the others to do so as well
+
+
 class Preempted(RuntimeError):
     """The machine asked this run to leave; its state is saved and the same command goes on from there."""
 
     exit_code = 75
+
+
+class Elsewhere(RuntimeError):
+    """The first process of this run has ended, and has said why."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("the first process of this run has ended")
+        self.exit_code = exit_code
 
 
 # ---------------------------------------------------------------- mesh
@@ -62,6 +74,15 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def copy_here(tree: Any, mesh: Mesh) -> Any:
+    """`tree`, which lies spread over `mesh`, whole on every device of this process; all processes must ask."""
+    here = replicated(local_mesh())
+    if processes() == 1:
+        return jax.device_put(tree, here)
+    gathered = jax.jit(lambda whole: whole, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0), here), gathered)
 
 
 # ---------------------------------------------------------------- parameters
@@ -148,6 +169,7 @@ def start_distributed(initialization_timeout: int = 60, heartbeat_timeout: int =
     if missing := [name for name in needed if name not in environ]:
         raise BadInput(f"SLURM_NTASKS is {tasks}, but {', '.join(missing)} is not set: start the command with srun")
     if not jax.distributed.is_initialized():
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # on processors, two programs at once may wait for each other's messages
         try:
             jax.distributed.initialize(
                 initialization_timeout=initialization_timeout, heartbeat_timeout_seconds=heartbeat_timeout, cluster_detection_method="slurm"
@@ -158,39 +180,105 @@ def start_distributed(initialization_timeout: int = 60, heartbeat_timeout: int =
         raise RuntimeError(f"SLURM_NTASKS is {tasks}, but JAX sees {jax.process_count()} processes")
 
 
+def processes() -> int:
+    """How many processes this run has; may be asked before JAX touches a device."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def process() -> int:
+    """The number of this process, from 0."""
+    return jax.process_index()
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes logs and manifests."""
     return jax.process_index() == 0
 
 
+def local_mesh() -> Mesh:
+    """A mesh over the devices of this process alone, for work that needs no other process."""
+    return make_mesh(devices=jax.local_devices())
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every process has come to this point."""
-    if jax.process_count() > 1:
+    if processes() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def all_agree(fact: bool) -> bool:
     """Whether `fact` holds on every process; each of them must ask."""
-    return bool(np.all(multihost_utils.process_allgather(np.array(fact)))) if jax.process_count() > 1 else fact
+    return bool(np.all(multihost_utils.process_allgather(np.array(fact)))) if processes() > 1 else fact
 
 
 @contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-    """Gives `asked(step)`: whether this run should save and leave after `step`, the same answer on every process.
+def first_leads() -> Iterator[None]:
+    """The block runs on the first process and then on the others, which find what it made.
 
-    A SIGTERM asks. Every loop that may run for long calls it once a step.
+    Where it ends with an error on the first, the others do not begin it.
+
+    Raises:
+      Elsewhere: on the others, with the exit code of the first.
     """
-    if jax.process_count() > 1:
-        yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step))
+    if processes() == 1:
+        yield
+    elif not is_first():
+        if code := _from_first(0):
+            raise Elsewhere(code)
+        yield
+    else:
+        try:
+            yield
+        except Exception as error:
+            _from_first(getattr(error, "exit_code", 2))
+            raise
+        _from_first(0)
+
+
+def _from_first(code: int) -> int:
+    """What the first process ended with, told to all; from here on they count their steps alike."""
+    global _steps
+    code, _steps = (int(value) for value in multihost_utils.broadcast_one_to_all(np.array([code, _steps])))
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process of several. It waits a moment for others that are leaving as well, but not for those that wait for it."""
+    goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    goodbye.start()
+    goodbye.join(GOODBYE)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+_steps = 0  # times that `asked` was called: the same count on every process names the step at which all of them leave
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[], bool]]:
+    """Gives `asked()`: whether this run should save and leave now, the same answer on every process.
+
+    A SIGTERM asks. Every loop that may run for long calls it once a step; of several processes, all call it equally often, or do so
+    within `first_leads`.
+    """
+    if processes() > 1:  # JAX has listened to SIGTERM since the processes found each other
+        yield _agreed
         return
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may listen to signals
-        yield lambda step: False
+        yield lambda: False
         return
     before = signal.signal(signal.SIGTERM, lambda *_: flag.set())
     try:
-        yield lambda step: flag.is_set()
+        yield flag.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
     if flag.is_set() and callable(before):  # the loop came to its end all the same: whoever listens around it is told
         signal.raise_signal(signal.SIGTERM)
+
+
+def _agreed() -> bool:
+    global _steps
+    _steps += 1
+    return bool(multihost_utils.reached_preemption_sync_point(_steps))

@@ -176,8 +176,9 @@ def _whole_number(values: Mapping[str, Any], name: str, least: int, most: int | 
 
 
 def tell(sentence: str) -> None:
-    """Something to know that stops nothing."""
-    print(f"twinsim: {sentence}", file=sys.stderr, flush=True)
+    """Something to know that stops nothing; of several processes, the first says it."""
+    if mesh.is_first():
+        print(f"twinsim: {sentence}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -186,7 +187,7 @@ def leaving(where: Path) -> Iterator[Callable[..., None]]:
     with mesh.preemption() as asked:
 
         def stop() -> None:
-            if asked(0):
+            if asked():
                 raise mesh.Preempted(f"asked to stop; what is done lies in {where}, the same command goes on")
 
         yield stop
@@ -207,7 +208,7 @@ class Prepared:
 def open_domain(config: Config) -> Domain:
     """The domain with its truth; simulates it where the configuration says so and it is not there yet. Raises BadInput."""
     check(config)
-    with files.alone(places(config).data, tell):
+    with files.alone(places(config).data, tell), mesh.first_leads():
         return build(config["domain"], "domain")
 
 
@@ -215,7 +216,7 @@ def data(config: Config, progress: Progress, domain: Domain | None = None) -> Pr
     """Opens the source, fits the statistics and writes the training examples, unless they are there."""
     domain = domain or open_domain(config)
     where = places(config)
-    with files.alone(where.data, tell):
+    with files.alone(where.data, tell), mesh.first_leads():
         _check_inputs(where.data / "inputs.json", domain, config)
         statistics = _statistics(domain, where.statistics, progress)
         if not (where.examples / "manifest.json").exists():
@@ -249,7 +250,7 @@ def _statistics(domain: Domain, folder: Path, progress: Progress) -> Statistics:
         except BadInput as damaged:
             tell(f"{damaged}; fitting again")
     with progress("fit statistics"):
-        checkpoint.save(folder, 0, domain.fit(), wait=True)
+        checkpoint.save(folder, 0, domain.fit(), wait=True, alone=True)
     return checkpoint.restore_raw(folder)[1]
 
 
@@ -267,7 +268,7 @@ def _counted(blocks: Iterator[Example], size: int, update: Callable[..., None], 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained generator and the domain it speaks of."""
+    """A trained generator and the domain it speaks of; its parameters lie on the devices of this process, which draws on its own."""
 
     domain: Domain
     statistics: Statistics
@@ -287,16 +288,18 @@ def training(config: Config, progress: Progress, domain: Domain | None = None) -
     settings = training_settings(config)
     module = build(config["generator"], "generator", spec=prepared.store.spec, rngs=nnx.Rngs(config["seed"]))
     with files.alone(where.model, tell):
-        where.model.mkdir(parents=True, exist_ok=True)
-        files.write_text(where.model / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        with mesh.first_leads():
+            if mesh.is_first():
+                where.model.mkdir(parents=True, exist_ok=True)
+                files.write_text(where.model / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         with progress("train") as update:
             state = train.fit(
                 module, prepared.store, _optimizer(config), settings, where.model, devices, config["seed"], update, report=tell
             )
     assemble, _ = train.split(module)
-    averages = jax.device_put(train.ema_params(state, config["generate"]["ema"]), mesh.replicated(devices))
+    averages = mesh.copy_here(train.ema_params(state, config["generate"]["ema"]), devices)
     print_of = checkpoint.fingerprint(where.model / "checkpoints", int(state.step))
-    return Trained(prepared.domain, prepared.statistics, assemble, averages, devices, print_of, prepared.store)
+    return Trained(prepared.domain, prepared.statistics, assemble, averages, mesh.local_mesh(), print_of, prepared.store)
 
 
 # ---------------------------------------------------------------- draw and evaluate
@@ -318,7 +321,7 @@ def draw(
     statistics = jax.device_put(trained.statistics, mesh.replicated(trained.devices))
 
     def compute(block: generate.Block) -> tuple[Sample, Mapping[str, np.ndarray]]:
-        return generate.compute(sampler, trained.params, statistics, question.condition, block, seed, settings.tile, trained.devices.size)
+        return generate.compute(sampler, trained.params, statistics, question.condition, block, seed, settings.tile, trained.devices)
 
     with leaving(store) as stop:
         return generate.stream(store, compute, question.members, items_of(question), settings.batch, identity, update, stop, tell)
@@ -334,15 +337,15 @@ def evaluate(config: Config, progress: Progress, trained: Trained | None = None)
     check(config)
     where = places(config)
     domain = trained.domain if trained else open_domain(config)
-    with files.alone(where.data, tell):
+    with files.alone(where.data, tell), mesh.first_leads():
         _check_inputs(where.data / "inputs.json", domain, config)
     judged = _judged_before(where.evaluation, tell)
-    if judged is None:
+    if not mesh.all_agree(judged is not None):
         model = trained or training(config, progress, domain)
         settings, wanted = drawing_settings(config), config["evaluate"]
         with files.alone(where.evaluation, tell):
             judged = _judged_before(where.evaluation)
-            if judged is None:
+            if not mesh.all_agree(judged is not None):
                 with files.whole(where.evaluation) as folder, leaving(folder) as stop:
 
                     def draws(question: Question, name: str, seed: int, update: Callable[..., None]) -> evaluation.Drawn:
@@ -351,11 +354,13 @@ def evaluate(config: Config, progress: Progress, trained: Trained | None = None)
                     judged = evaluation.judge(
                         model.domain, model.statistics, draws, wanted["members"], wanted.get("most"), config["seed"], progress, stop
                     )
-                    facts = {"seed": config["seed"], "members": wanted["members"], "split": "test", "model": model.fingerprint}
-                    evaluation.write(folder, judged, facts)
-                    for part in ("test", "train"):
-                        shutil.rmtree(folder / part, ignore_errors=True)
+                    if mesh.is_first():
+                        facts = {"seed": config["seed"], "members": wanted["members"], "split": "test", "model": model.fingerprint}
+                        evaluation.write(folder, judged, facts)
+                        for part in ("test", "train"):
+                            shutil.rmtree(folder / part, ignore_errors=True)
                 judged = evaluation.read(where.evaluation)
+    assert judged is not None
     return judged
 
 
@@ -416,17 +421,21 @@ def deliver(config: Config, progress: Progress) -> Path:
     check(config)
     asked = read_scenario(config)
     folder = Path(config["out"]) / "runs" / asked.name
-    if (folder / record.RECORD).exists():
+    if mesh.all_agree((folder / record.RECORD).exists()):
         return folder
     with files.alone(folder, tell):
-        if not (folder / record.RECORD).exists():
+        if not mesh.all_agree((folder / record.RECORD).exists()):
             domain = open_domain(config)
             question = domain.ask(asked.scenario, asked.path.parent)
             _check_room(folder, domain, question)
             trained = training(config, progress, domain)
             judged = evaluate(config, progress, trained)
             with files.whole(folder) as unfinished:
-                _answer(config, asked, trained, question, judged, unfinished, progress, began)
+                with progress("generate") as update:
+                    drawing = drawing_settings(config)
+                    drawn = draw(trained, question, drawing, asked.scenario.seed, unfinished / "draws", asked.identity, update)
+                if mesh.is_first():
+                    _answer(config, asked, trained, question, drawn, judged, unfinished, progress, began)
     return folder
 
 
@@ -435,15 +444,15 @@ def _answer(
     asked: Asked,
     trained: Trained,
     question: Question,
+    drawn: evaluation.Drawn,
     judged: Evaluation,
     folder: Path,
     progress: Progress,
     began: float,
 ) -> None:
-    """Draws the answer to a scenario, and writes it with all that belongs to it into `folder`; its record comes last."""
+    """Writes the answer to a scenario, with all that belongs to it, into `folder`; its record comes last."""
     domain, wanted = trained.domain, asked.scenario
-    with progress("generate") as update:
-        samples, rules = draw(trained, question, drawing_settings(config), wanted.seed, folder / "draws", asked.identity, update)
+    samples, rules = drawn
     with progress("write"):
         dataset = domain.dataset_of({name: values[...] for name, values in samples.items()}, question)
         dataset = dataset.assign_attrs(

@@ -293,7 +293,7 @@ def fit(
             state, metrics = update(state, next(stream))
             awaited.append((step, metrics))
             settle(LAG)
-            leave = asked(step) and step < settings.steps
+            leave = asked() and step < settings.steps
             if leave or step == settings.steps or step % settings.save_every == 0:
                 save(step)
             if leave:

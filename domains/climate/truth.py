@@ -91,7 +91,7 @@ def _simulate(path: Path, name: str, run: Mapping[str, Any], asked: Any) -> None
     with progress(f"simulate {name}") as update:
 
         def show(done: int, total: int) -> None:
-            if asked(done):
+            if asked():
                 raise mesh.Preempted(f"asked to stop; {done} of {total} days of {name} are simulated, the same command goes on")
             update(done, total)
 

@@ -1,0 +1,38 @@
+"""Runs of several real processes on this machine, found through the variables that SLURM sets."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TWINSIM = "import sys; from twinsim.cli import main; sys.exit(main())"
+
+
+def start(words: Sequence[str], count: int = 1, devices: int = 1, code: str = TWINSIM) -> list[subprocess.Popen]:
+    """`count` processes of one run, each with `devices` devices; by default they are `twinsim WORDS`."""
+    job = random.randrange(4096)  # the port on which they meet is made of it
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    common = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    common["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])
+    common.pop("JAX_NUMPY_RANK_PROMOTION", None)
+    common.pop("JAX_NUMPY_DTYPE_PROMOTION", None)
+    started = []
+    for number in range(count):
+        slurm = {"SLURM_NTASKS": count, "SLURM_PROCID": number, "SLURM_LOCALID": number, "SLURM_JOB_ID": job}
+        environ = {**common, **{name: str(value) for name, value in slurm.items()}, "SLURM_STEP_NODELIST": "localhost"}
+        command = [sys.executable, "-c", code, *words]
+        started.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return started
+
+
+def end(started: Sequence[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each process."""
+    try:
+        told = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(started, told, strict=True)]
