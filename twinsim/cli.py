@@ -23,6 +23,7 @@ VERBS = {
     "report": "print where the report of a run lies, making the run first if need be",
     "verify": "prove that a run's folder is unchanged",
     "reproduce": "run again what a folder records and compare every value",
+    "plan": "say what training will need: memory, time, energy, storage; trains and writes nothing",
     "doctor": "look at this machine and installation",
 }
 EXIT = """exit codes: 0 done | 1 verify or reproduce found a difference, doctor a fault | 2 bad input or full disk
@@ -39,6 +40,7 @@ examples:
   twinsim run my/question.yaml                           a scenario of your own
   twinsim train domain=climate/downscale seed=1          a model; the same command goes on where it was stopped
   twinsim evaluate domain=climate/downscale -m seed=0,1,2   a sweep
+  twinsim plan domain=climate/downscale scale=lumi scale.slurm.nodes=8   what that training will need there; --json
   twinsim verify out/runs/warm-winter-1a2b3c4d5e         is anything changed, missing or added?
   twinsim reproduce out/runs/warm-winter-1a2b3c4d5e
 
@@ -82,6 +84,8 @@ def _dispatch(verb: str, words: list[str]) -> int:
     _prepare_process()
     if verb == "reproduce":
         return _reproduce(words)
+    if verb == "plan":
+        return _plan(words)
     if "--scenarios" in words:
         from twinsim import scenario
 
@@ -159,6 +163,21 @@ def _reproduce(words: list[str]) -> int:
     same = f"reproduced: every value of {folder} is the same" + (f" to {tolerance:g}" if tolerance else ", bit by bit")
     print("\n".join(differences) if differences else same)
     return 1 if differences else 0
+
+
+def _plan(words: list[str]) -> int:
+    from omegaconf import OmegaConf
+
+    from twinsim import plan, run
+
+    composed = _compose(_overrides([word for word in words if word != "--json"]))
+    slurm = composed.scale.get("slurm")
+    for name in ("account", "partition"):  # who pays and which queue change nothing of what is needed
+        if slurm is not None and OmegaConf.is_missing(slurm, name):
+            slurm[name] = None
+    found = plan.plan(run.resolve(composed), progress)
+    print(plan.as_json(found) if "--json" in words else "\n".join(plan.lines(found)))
+    return _fail(found.misfit) if found.misfit else 0
 
 
 def _doctor(as_json: bool) -> int:
