@@ -137,7 +137,10 @@ def test_times_as_slurm_reads_them(text, seconds):
 
 
 def test_precision_and_rematerialisation_reach_the_parts_that_take_them():
-    node = {"_target_": "generators.diffusion.Diffusion", "net": {"_target_": "generators.nets.DiT", "_partial_": True, "width": 64}}
+    node = {
+        "_target_": "generators.diffusion.Diffusion",
+        "net": {"_target_": "generators.nets.DiT", "_partial_": True, "width": 64, "heads": 4, "depth": 2},
+    }
     scaled = plan.as_scaled(node, scales.Scale(precision="bfloat16", remat=True))
     assert scaled["net"] == {**node["net"], "dtype": "bfloat16", "remat": True} and set(scaled) == set(node)
     assert plan.as_scaled(node, scales.Scale()) == node

@@ -192,7 +192,8 @@ def as_scaled(node: Any, scale: scales.Scale) -> Any:
         return node
     scaled = {key: as_scaled(value, scale) for key, value in node.items()}
     if "_target_" in node:
-        takes = inspect.signature(resolve(node["_target_"], "generator")).parameters
+        target = resolve(node["_target_"], "generator")
+        takes = inspect.signature(target.__init__ if inspect.isclass(target) else target).parameters  # a module's class hides them
         if "dtype" in takes and scale.precision != "float32":
             scaled.setdefault("dtype", scale.precision)
         if "remat" in takes and scale.remat:
