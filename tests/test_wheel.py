@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("twinsim", "domains", "generators", "conf", "scenarios")
+PARTS = ("twinsim", "domains", "generators", "conf", "scenarios", "hydra_plugins")
 LARGEST = 16e6  # bytes: 12 MB of embedded data and the code
 
 

@@ -36,6 +36,8 @@ class Slurm:
       nodes, tasks_per_node: one task is one process, and has one device.
       time: limit of the job, `[days-]hours:minutes:seconds`.
       max_parallel: jobs of a sweep that run at the same time.
+      max_array: SLURM's MaxArraySize; a longer sweep becomes several arrays.
+      python: the interpreter in the jobs, where it is not the one that submits: in a container.
       grace: s before the limit at which a job is asked to save and leave.
       prologue: shell lines before the command, such as `module load`.
       run: what stands before the command: srun, and the container where there is one.
@@ -53,6 +55,8 @@ class Slurm:
     qos: str | None = None
     mem: str | None = None
     max_parallel: int | None = None
+    max_array: int | None = None
+    python: str | None = None
     grace: int = 120
     prologue: tuple[str, ...] = ()
     run: str = "srun --kill-on-bad-exit=1"
@@ -60,7 +64,9 @@ class Slurm:
     submit: bool = True
 
     def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "max_parallel")}
+        counts = {
+            name: getattr(self, name) for name in ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "max_parallel", "max_array")
+        }
         _at_least(1, "slurm", **counts)
         _at_least(0, "slurm", grace=self.grace)
 
