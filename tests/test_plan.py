@@ -212,6 +212,13 @@ def test_another_machine_needs_no_account(capsys, made):
     assert "2 nodes, 16 devices; mesh data=2, fsdp=8, model=1" in out and "32 examples, 2 a device" in out
 
 
+def test_too_little_room_is_told(tmp_path):
+    scale = scales.Scale(hardware=scales.Hardware(storage_gib=1.0))
+    assert plan._room({"checkpoints": 2**30, "samples": 2**30}, scale, tmp_path) == ["storage: 2.00 GiB are needed, but there are 1.00 GiB"]
+    assert plan._room({"checkpoints": 2**30, "samples": None}, scale, tmp_path) == []
+    assert len(plan._room({"samples": 2**70}, scales.Scale(), tmp_path / "not" / "there")) == 1
+
+
 def test_numbers_are_told_in_fitting_units():
     assert plan._gib(1536) == "1.5 KiB" and plan._gib(3 * 2**30) == "3.00 GiB"
     assert plan._between((60.0, 1800.0), ("s", 1), ("min", 60), ("hours", 3600)) == "1 to 30 min"

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -155,7 +156,11 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
     nodes = scale.slurm.nodes if scale.slurm else 1
     hours = None if training is None else (nodes * training[0] / 3600, nodes * training[1] / 3600)
     energy, assumed_power = _energy(hours, devices // nodes, scale)
-    stored = _bytes(state)
+    storage = {
+        "checkpoints": _bytes(state) * (settings.keep + 1),  # one more while the next is written
+        "examples": None if examples is None else examples * 4 * _numbers(spec),
+        "samples": samples,
+    }
     return Plan(
         model=run.places(config).model.name,
         spec=_described(spec),
@@ -174,13 +179,9 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
         node_hours=hours,
         energy_kwh=energy,
         measured=measured,
-        storage={
-            "checkpoints": stored * (settings.keep + 1),  # one more while the next is written
-            "examples": None if examples is None else examples * 4 * _numbers(spec),
-            "samples": samples,
-        },
+        storage=storage,
         assumptions=tuple([*assumed, *assumed_time, *assumed_power]),
-        notes=tuple([*told.sentences, *_notes(training, scale, settings)]),
+        notes=tuple([*told.sentences, *_notes(training, scale, settings), *_room(storage, scale, Path(config["out"]))]),
     )
 
 
@@ -420,6 +421,16 @@ def _notes(training: Range | None, scale: scales.Scale, settings: train.Settings
     if training and training[1] / settings.steps * settings.save_every > 1800:
         notes.append("more than half an hour may lie between two checkpoints: a smaller train.save_every loses less to a crash")
     return notes
+
+
+def _room(storage: Mapping[str, int | None], scale: scales.Scale, out: Path) -> list[str]:
+    """What to say of the room for it: under a quota, or on this machine's disk."""
+    quota, needed = scale.hardware.storage_gib, sum(size or 0 for size in storage.values())
+    if quota is None and scale.slurm is not None:
+        return []
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    room = shutil.disk_usage(there).free if quota is None else quota * GIB
+    return [f"storage: {_gib(needed)} are needed, but there are {_gib(room)}"] if needed > room else []
 
 
 def _seconds(text: str) -> int:
