@@ -169,5 +169,10 @@ def restarts(job: str) -> int:
 
 
 def start_now(job: str) -> None:
-    """Spares a job that was put back into the queue SLURM's two minutes there."""
-    said("scontrol", "update", f"JobId={job}", "StartTime=now")
+    """Spares a job that was put back into the queue SLURM's two minutes there; these begin anew when its last process is gone."""
+
+    def begun() -> bool:
+        said("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return bool(re.search(r"JobState=(RUNNING|COMPLETED|FAILED)", said("scontrol", "show", "job", job)))
+
+    until(begun, 60, f"job {job} does not begin")
