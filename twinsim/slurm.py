@@ -26,6 +26,7 @@ from twinsim.base import BadInput
 
 MARKERS = ("done", "queued", "running", "requeued", "stopped", "failed")  # where there are two, the first holds
 STATES = ("done", "running", "queued", "requeued", "stopped", "failed", "not submitted")
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"}
 TAIL = 8000  # bytes at the end of an output that are looked at
 TIME = re.compile(r"\d+-\d{1,2}(:\d{2}){0,2}|\d+:\d{2}:\d{2}")
 
@@ -182,7 +183,7 @@ mark() { # STATE TEXT
     rm -f "$folder/$number".{queued,running,requeued,stopped,failed}
     printf '%s\n' "$2" >"$folder/$number.$1"
 }
-mark running "SLURM job $SLURM_JOB_ID on $(hostname -s), start $((${SLURM_RESTART_COUNT:-0} + 1))"
+mark running "SLURM job ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID on $(hostname -s), start $((${SLURM_RESTART_COUNT:-0} + 1))"
 """
 
 END = r"""
@@ -201,9 +202,10 @@ if [ "$code" -eq 0 ]; then
 fi
 case $why in
 "Exited with exit code 75" | "Exited with exit code 143" | Terminated*)
+    task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # SLURM_JOB_ID may be that of the whole array
     # COMPLETING, but not for its limit: somebody has cancelled the job, and means it
-    case $(squeue -h -j "$SLURM_JOB_ID" -o '%T %r') in
-    RUNNING* | *TimeLimit*) mark requeued "$last" && scontrol requeue "$SLURM_JOB_ID" ;;
+    case $(squeue -h -j "$task" -o '%T %r') in
+    RUNNING* | *TimeLimit*) mark requeued "$last" && scontrol requeue "$task" ;;
     *) mark stopped "$last" ;;
     esac
     exit 75
@@ -238,7 +240,7 @@ def submit(sweeps: Path, verb: str, jobs: Sequence[Sequence[str]], asked: Settin
     folder = (sweeps / sweep_name(verb, jobs)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     lines = [command(asked.python, verb, words) for words in jobs]
-    queue = _queue(folder) or {}
+    queue = _queue(folder, must_answer=asked.submit) or {}
     markers = _markers(folder)  # after the queue: a job that ends in between has left its marker
     states = [_state(markers.get(number), queue.get(number), known=True) for number in range(1, len(lines) + 1)]
     queued = [number for number, state in enumerate(states, 1) if state in ("running", "queued", "requeued")]
@@ -253,9 +255,7 @@ def submit(sweeps: Path, verb: str, jobs: Sequence[Sequence[str]], asked: Settin
         if asked.submit:
             told.append(f"submitted {len(numbers)} of {len(lines)} jobs as {_sbatch(folder, file, numbers)}")
         else:
-            told.append(
-                f"written, not submitted: {len(numbers)} of {len(lines)} jobs; submit them with\n  {shlex.join(['sbatch', str(file)])}"
-            )
+            told.append(f"written: {len(numbers)} of {len(lines)} jobs, to be submitted with\n  {shlex.join(['sbatch', str(file)])}")
     if left:
         told.append(f"{'' if todo else 'nothing to submit: '}{', '.join(left)}")
     return [*told, f"how they stand: twinsim status {shlex.quote(str(folder))}"]
@@ -344,10 +344,7 @@ def find(folder: Path) -> list[Path]:
 def status(folder: Path) -> Status:
     """How each job of the sweep in `folder` stands."""
     commands = [shlex.split(line)[3:] for line in (folder / "jobs.txt").read_text().splitlines()]  # without PYTHON -m twinsim
-    try:
-        queue = _queue(folder.resolve())
-    except BadInput:
-        queue = None
+    queue = _queue(folder.resolve())
     markers = _markers(folder)
     shared = set(commands[0]).intersection(*commands)
     jobs = []
@@ -424,14 +421,20 @@ def _markers(folder: Path) -> dict[int, str]:
     return found
 
 
-def _queue(folder: Path) -> dict[int, str] | None:
-    """Job -> its state in SLURM's queue; None where there is no SLURM. Raises BadInput where it does not answer."""
+def _queue(folder: Path, must_answer: bool = False) -> dict[int, str] | None:
+    """Job -> its state in SLURM's queue; None where there is no SLURM. Raises BadInput where it is there and must answer, but does not."""
     if shutil.which("squeue") is None:
         return None
+    try:
+        answer = _call("squeue", "--noheader", "--array", "--states=all", f"--name={folder.name}", "--format=%K|%T|%o")
+    except BadInput:
+        if must_answer:
+            raise
+        return None
     found = {}
-    for line in _call("squeue", "--noheader", "--array", f"--name={folder.name}", "--format=%K|%T|%o").splitlines():
+    for line in answer.splitlines():
         task, state, path = line.split("|", 2)
-        if Path(path).parent == folder and task.isdecimal():
+        if Path(path).parent == folder and task.isdecimal() and state not in ENDED:
             first = re.fullmatch(r"sweep-(\d+)", Path(path).stem)
             found[int(task) + (int(first[1]) - 1 if first else 0)] = state
     return found
