@@ -180,7 +180,7 @@ def test_what_is_there_is_used(made, quiet, tmp_path):
     found = plan.plan(config, quiet)
     assert found.spec == expected.spec and found.storage == expected.storage
     assert found.measured == 60.0 and found.step_s == pytest.approx((8 / 60, 8 / 60))
-    elsewhere = plan.plan({**config, "scale": {**config["scale"], "remat": True}}, quiet)
+    elsewhere = plan.plan({**config, "scale": {**config["scale"], "environment": {"A": "1"}}}, quiet)
     assert elsewhere.measured == 60.0 and elsewhere.step_s == expected.step_s and "not used here" in " ".join(elsewhere.notes)
 
 
