@@ -8,7 +8,7 @@ WORKERS ?= 2
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
-.PHONY: help setup run test test-slow test-all lint format types bench docs lock clean distclean
+.PHONY: help setup run test test-slow test-slurm test-all lint format types bench docs lock clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +25,9 @@ test: $(READY) ## the quick tests
 
 test-slow: $(READY) ## the slow tests alone
 	$(PYTEST) -m "slow and not slurm" -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-slurm: $(READY) ## the tests on a real SLURM of two nodes; needs root, slurm-wlm and munge, and says so where they are not
+	$(PYTEST) -m slurm $(ARGS)
 
 test-all: $(READY) ## every test; those that need SLURM are skipped where there is none
 	$(PYTEST) -m "" -n $(WORKERS) --dist loadfile $(ARGS)

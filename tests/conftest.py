@@ -1,7 +1,10 @@
 """What every test runs under: eight devices on the host, a compile cache, and no silent promotion of ranks or types."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 # before jax is imported for the first time
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -10,3 +13,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+
+
+@pytest.fixture(scope="session")
+def two_nodes() -> Iterator[Path]:
+    """A real SLURM of two nodes; skipped, with the reason, where there can be none. Gives the folder of its logs."""
+    from local_slurm import cluster
+
+    with cluster() as folder:
+        yield folder

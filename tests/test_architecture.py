@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("twinsim", "domains", "generators")
-FOLDERS = (*PACKAGES, "conf", "scenarios", "tests", "benchmarks", "scripts")
+FOLDERS = (*PACKAGES, "conf", "scenarios", "hydra_plugins", "tests", "benchmarks", "scripts")
 MODULES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 

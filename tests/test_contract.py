@@ -97,8 +97,9 @@ def test_domain_and_its_scenario_belong_together(name):
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_generator_composes_with_every_scale(name):
-    for scale in sorted(path.stem for path in (ROOT / "conf/scale").glob("*.yaml")):
-        run.check(run.resolve(cli._compose([f"generator={name}", f"scale={scale}"])))
+    for path in sorted((ROOT / "conf/scale").glob("*.yaml")):
+        required = ["scale.slurm.account=a", "scale.slurm.partition=p"] if "???" in path.read_text() else []
+        run.check(run.resolve(cli._compose([f"generator={name}", f"scale={path.stem}", *required])))
 
 
 # ---------------------------------------------------------------- domains

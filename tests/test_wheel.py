@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("twinsim", "domains", "generators", "conf", "scenarios")
+PARTS = ("twinsim", "domains", "generators", "conf", "scenarios", "hydra_plugins")
 LARGEST = 16e6  # bytes: 12 MB of embedded data and the code
 
 
@@ -43,6 +43,17 @@ def test_holds_the_whole_checkout(wheel: Path) -> None:
     assert {name.split("/")[0] for name in held if ".dist-info/" not in name} <= set(PARTS)
     assert "twinsim = twinsim.cli:main" in entry_points
     assert wheel.stat().st_size < LARGEST
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["checkout", "wheel"])
+def test_hydra_finds_the_launcher(wheel: Path, tmp_path: Path, installed: bool) -> None:
+    if installed:
+        zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    place = tmp_path / "site" if installed else ROOT
+    words = "from hydra.core.plugins import Plugins; from hydra.plugins.launcher import Launcher; import sys"
+    words += "; print([sys.modules[each.__module__].__file__ for each in Plugins.instance().discover(Launcher)])"
+    found = call(sys.executable, "-c", words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(place)})
+    assert str(place / "hydra_plugins/twinsim_slurm/launcher.py") in found
 
 
 @pytest.mark.slow

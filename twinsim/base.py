@@ -28,6 +28,12 @@ class BadInput(ValueError):
     """Something from outside is wrong. The message is one sentence: what, where, what was expected."""
 
 
+def makes_data(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function of the configuration that may simulate for hours and write what it made: a plan does not call it."""
+    vars(function)["makes_data"] = True
+    return function
+
+
 @dataclass(frozen=True)
 class Variable:
     """A named physical quantity.
@@ -241,7 +247,9 @@ class Domain(Protocol):
         """Everything that is estimated from the training split: means, scales, regressions."""
         ...
 
-    def spec(self, statistics: Statistics) -> Spec: ...
+    def spec(self, statistics: Statistics | None = None) -> Spec:
+        """The shape of an example; without statistics, which may take long to fit, the largest that it can come to be."""
+        ...
 
     def examples(self, statistics: Statistics) -> Iterator[Example]:
         """Training examples in order, in blocks `[n, ...]`; what is predicted for them is predicted out of fold."""

@@ -24,9 +24,11 @@ VERBS = {
     "report": "print where the report of a run lies, making the run first if need be",
     "verify": "prove that a run's folder is unchanged",
     "reproduce": "run again what a folder records and compare every value",
+    "plan": "say what training will need: memory, time, energy, storage; trains and writes nothing",
+    "status": "how the jobs of a sweep on SLURM stand: done, running, queued, failed",
     "doctor": "look at this machine and installation",
 }
-EXIT = """exit codes: 0 done | 1 verify or reproduce found a difference, doctor a fault | 2 bad input or full disk
+EXIT = """exit codes: 0 done | 1 verify or reproduce found a difference, doctor a fault, status a failed job | 2 bad input or full disk
             3 a number is not finite | 75 asked to stop, state saved, the same command goes on | 130 interrupted"""
 HELP = f"""twinsim: learn how a real system behaves, generate scenarios of it, check each by its physics, score them on held-out truth
 
@@ -40,6 +42,8 @@ examples:
   twinsim run my/question.yaml                           a scenario of your own
   twinsim train domain=climate/downscale seed=1          a model; the same command goes on where it was stopped
   twinsim evaluate domain=climate/downscale -m seed=0,1,2   a sweep
+  twinsim plan domain=climate/downscale scale=lumi scale.slurm.nodes=8   what that training will need there; --json
+  twinsim status                                         how the sweeps that SLURM runs stand
   twinsim verify out/runs/warm-winter-1a2b3c4d5e         is anything changed, missing or added?
   twinsim reproduce out/runs/warm-winter-1a2b3c4d5e
 
@@ -103,9 +107,13 @@ def _dispatch(verb: str, words: list[str]) -> int:
         return _verify(_folder(verb, words))
     if verb == "doctor":
         return _doctor("--json" in words)
+    if verb == "status":
+        return _status(words)
     _prepare_process()
     if verb == "reproduce":
         return _reproduce(words)
+    if verb == "plan":
+        return _plan(words)
     if "--scenarios" in words:
         from twinsim import scenario
 
@@ -187,6 +195,21 @@ def _reproduce(words: list[str]) -> int:
     return 1 if differences else 0
 
 
+def _plan(words: list[str]) -> int:
+    from omegaconf import OmegaConf
+
+    from twinsim import plan, run
+
+    composed = _compose(_overrides([word for word in words if word != "--json"]))
+    slurm = composed.scale.get("slurm")
+    for name in ("account", "partition"):  # who pays and which queue change nothing of what is needed
+        if slurm is not None and OmegaConf.is_missing(slurm, name):
+            slurm[name] = None
+    found = plan.plan(run.resolve(composed), progress)
+    print(plan.as_json(found) if "--json" in words else "\n".join(plan.lines(found)))
+    return _fail(found.misfit) if found.misfit else 0
+
+
 def _doctor(as_json: bool) -> int:
     import json
 
@@ -197,13 +220,31 @@ def _doctor(as_json: bool) -> int:
     return 0 if all(check.ok for check in found) else 1
 
 
-def _folder(verb: str, words: list[str]) -> Path:
+def _status(words: list[str]) -> int:
+    import json
+
+    from twinsim import slurm
+    from twinsim.base import BadInput
+
+    folders = [word for word in words if word != "--json"]
+    where = _folder("status", folders, "sweep") if folders else Path("out/sweeps")
+    sweeps = [slurm.status(folder) for folder in slurm.find(where)]
+    if folders and not sweeps:
+        raise BadInput(f"status: {where}: expected the folder of a sweep, with jobs.txt, or one of several, found none")
+    if "--json" in words:
+        print(json.dumps([slurm.table(sweep) for sweep in sweeps], indent=1))
+    else:
+        print("\n".join(line for sweep in sweeps for line in slurm.lines(sweep)) or f"no sweep in {where}")
+    return 1 if any("failed" in sweep.counts for sweep in sweeps) else 0
+
+
+def _folder(verb: str, words: list[str], kind: str = "run") -> Path:
     from twinsim.base import BadInput
 
     if len(words) != 1:
-        raise BadInput(f"{verb}: expected the folder of one run, got {' '.join(words) or 'nothing'}")
+        raise BadInput(f"{verb}: expected the folder of one {kind}, got {' '.join(words) or 'nothing'}")
     if not Path(words[0]).is_dir():
-        raise BadInput(f"{verb}: {words[0]}: expected the folder of a run, found no folder there")
+        raise BadInput(f"{verb}: {words[0]}: expected the folder of a {kind}, found no folder there")
     return Path(words[0])
 
 
@@ -291,8 +332,10 @@ def _sweep(verb: str, overrides: list[str]) -> int:
     """
     import hydra
 
-    for each in _jobs(overrides):  # a wrong name is answered before the first job begins
-        _compose(each)
+    from twinsim import run
+
+    for each in _jobs(overrides):  # a wrong or missing value is answered before the first job begins
+        run.resolve(_compose(each))
     codes: list[int] = []
 
     def job(config: Any) -> int:
@@ -303,15 +346,17 @@ def _sweep(verb: str, overrides: list[str]) -> int:
             raise SystemExit(outcome.code)
         return outcome.code
 
-    before = sys.argv
+    before, told = sys.argv, os.environ.get("HYDRA_FULL_ERROR", "")
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.sweep.dir=${out}/sweeps"]
-    sys.argv = ["twinsim", "-m", *overrides, *quiet]
+    sys.argv = ["twinsim", "-m", *overrides, f"hydra.job.name={verb}", *quiet]  # a launcher of commands needs the verb
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # a launcher's mistake comes out as it is, to be told in one sentence
     try:
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name="twinsim")(job)()
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else 1
     finally:
         sys.argv = before
+        os.environ["HYDRA_FULL_ERROR"] = told
     return max(codes, default=0)
 
 

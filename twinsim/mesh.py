@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from twinsim.base import BadInput
 
@@ -58,6 +58,11 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
       BadInput: an unknown axis, or sizes whose product is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    return jax.make_mesh(mesh_shape(sizes, len(devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
+    """The size of each of `AXES` on `count` devices, whether they are here or not; -1 stands for the rest. Raises BadInput."""
     wished = {"data": -1, "fsdp": 1, "model": 1} | dict(sizes or {})
     if unknown := set(wished) - set(AXES):
         raise BadInput(f"mesh: expected the axes {', '.join(AXES)}, got {', '.join(sorted(unknown))}")
@@ -65,13 +70,18 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     if any(size != -1 and size < 1 for size in wished.values()) or list(wished.values()).count(-1) > 1:
         raise BadInput(f"mesh: expected axis sizes of at least 1, at most one of them -1 for the rest, got {named}")
     fixed = int(np.prod([size for size in wished.values() if size != -1]))
-    shape = tuple(len(devices) // fixed if wished[axis] == -1 else wished[axis] for axis in AXES)
-    if int(np.prod(shape)) != len(devices):
-        raise BadInput(f"mesh: expected axis sizes whose product is the {len(devices)} devices present, got {named}")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape = tuple(count // fixed if wished[axis] == -1 else wished[axis] for axis in AXES)
+    if int(np.prod(shape)) != count:
+        raise BadInput(f"mesh: expected axis sizes whose product is the {count} devices, got {named}")
+    return shape
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def abstract_mesh(sizes: Mapping[str, int] | None, count: int) -> AbstractMesh:
+    """The mesh that `count` devices would make: it says what each of them holds, and computes nothing. Raises BadInput."""
+    return AbstractMesh(mesh_shape(sizes, count), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -93,7 +103,7 @@ def leaf_path(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def shard(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def shard(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
     """The sharding of each leaf of `tree`: that of the first rule whose pattern is found in the leaf's path.
 
     A spec shorter than the leaf's rank is meant for its last axes. An axis that its mesh axes do not divide stays whole.
@@ -112,7 +122,7 @@ def shard(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _count(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def _count(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     names = (axes,) if isinstance(axes, str) else axes or ()
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
@@ -125,7 +135,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def check_batch(mesh: Mesh, batch: int) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch: int) -> None:
     """Raises BadInput where `batch` rows do not divide evenly over the mesh."""
     if batch % (count := _count(mesh, ("data", "fsdp"))):
         raise BadInput(f"batch: expected a multiple of data x fsdp = {count}, got {batch}")

@@ -31,7 +31,7 @@ from flax import nnx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twinsim import checkpoint, evaluation, files, generate, mesh, record, report, scenario, train
+from twinsim import checkpoint, evaluation, files, generate, mesh, record, report, scale, scenario, train
 from twinsim.base import BadInput, Domain, Example, Question, Sample, Section, Statistics
 from twinsim.build import build, check_targets, config_hash
 from twinsim.build import resolve as resolve_target
@@ -117,8 +117,12 @@ def _missing(node: Any, place: str) -> Iterator[str]:
             yield from _missing(inner, f"{place}.{key}" if place else str(key))
 
 
-def check(config: Config) -> None:
-    """Everything about a configuration that can be known without its data. Raises BadInput."""
+def check(config: Config, devices: int | None = None) -> None:
+    """Everything about a configuration that can be known without its data. Raises BadInput.
+
+    Args:
+      devices: how many the mesh is for; by default those that are present.
+    """
     for part in ("domain", "generator", "optimizer", "train", "generate", "evaluate", "scale", "set"):
         if not isinstance(config.get(part), Mapping):
             raise BadInput(f"config {part}: expected a table, got {config.get(part)!r}")
@@ -140,7 +144,8 @@ def check(config: Config) -> None:
     sizes = config["scale"].get("mesh")
     if not isinstance(sizes, Mapping) or not all(type(size) is int for size in sizes.values()):
         raise BadInput(f"config scale.mesh: expected a table of whole numbers, got {sizes!r}")
-    mesh.make_mesh(sizes)
+    scale.read(config["scale"])
+    mesh.mesh_shape(sizes, devices or jax.device_count())
     _optimizer(config)
 
 

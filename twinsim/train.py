@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,14 +169,16 @@ def init(
 ) -> tuple[Assemble, TrainState]:
     """The state before the first update, on `mesh`, and the function that makes a module of its parameters."""
     assemble, params = split(module)
-
-    def fresh(params: Params) -> TrainState:
-        ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jax.random.key(seed))
-
+    fresh = partial(begin, optimizer=optimizer, seed=seed, averages=averages)
     params = jax.device_put(params, meshes.shard(params, mesh, rules))
     shardings = meshes.shard(jax.eval_shape(fresh, params), mesh, rules)
     return assemble, jax.jit(fresh, out_shardings=shardings)(params)
+
+
+def begin(params: Params, optimizer: optax.GradientTransformation, seed: int, averages: int) -> TrainState:
+    """The state before the first update, of parameters as they were drawn; pure, so that its shapes are known without it."""
+    ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jax.random.key(seed))
 
 
 def make_update(

@@ -10,6 +10,7 @@ that follows.
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -590,13 +591,22 @@ class Climate:
             factor = factor * jnp.exp(statistics["spread"][name] * jnp.asarray(condition[self.forcing]))[..., None, None]
         return factor
 
-    def spec(self, statistics: Statistics) -> Spec:
+    def spec(self, statistics: Statistics | None = None) -> Spec:
         scalars = 2 * self.season + (1 if self.forcing and self.learn_forcing else 0)
         if self.components:
-            scalars += len(statistics["background"]["scale"]) if self.background else 0
-            return Spec((self.window,), len(statistics["components"]["scale"]), 0, scalars, (False,))
+            count, background = self._component_counts(statistics)
+            return Spec((self.window,), count, 0, scalars + background, (False,))
         fields = 2 * len(self.quantities) * bool(self.background) + len(self.statics)
         return Spec(self.grid, len(self.quantities), fields, scalars, self.periodic)
+
+    def _component_counts(self, statistics: Statistics | None) -> tuple[int, int]:
+        """Components of the residual and of the background: those fitted, or before the fit as many as there can be."""
+        assert self.components
+        if statistics is not None:
+            return len(statistics["components"]["scale"]), len(statistics["background"]["scale"]) if self.background else 0
+        most, values = len(self.source("train")) - 1, math.prod(self.grid) * len(self.quantities)
+        coarse = values // self.background.factor**2 if self.background else 0
+        return min(self.components.count, most, values), min(self.components.background, most, coarse)
 
     def examples(self, statistics: Statistics, split: str = "train", block: int = 256) -> Iterator[Example]:
         """Examples of a split in blocks `[n, ...]`; those of "train" with means predicted out of fold."""

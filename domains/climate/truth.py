@@ -14,7 +14,7 @@ import xarray as xr
 
 from domains.climate import embedded, sources, speedy
 from twinsim import mesh
-from twinsim.base import BadInput
+from twinsim.base import BadInput, makes_data
 
 
 def recorded(paths: Any, variables: Mapping[str, Any], licence: str = "", **selection: Any) -> xr.Dataset:
@@ -43,6 +43,7 @@ def shipped(branches: Sequence[str], variables: Sequence[str]) -> xr.Dataset:
     return _with_inputs(embedded.open_embedded(tuple(branches), tuple(variables)), sources.inputs(embedded.DATA, "Apache-2.0"))
 
 
+@makes_data
 def simulated(
     folder: str, runs: Mapping[str, Mapping[str, Any]], variables: Sequence[str], branches: Sequence[str] | None = None
 ) -> xr.Dataset:

@@ -1,0 +1,148 @@
+"""What depends on the machine: the table `scale` of a configuration, checked, and what is known of the machine's hardware.
+
+Nothing here decides what is computed: a model keeps its name, and its checkpoints, on every scale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from twinsim.base import BadInput
+from twinsim.build import build
+
+
+def _at_least(least: int, place: str, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise BadInput(f"config scale.{place}.{name}: expected at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How long the processes of a job wait to find each other, and for a sign of life afterwards, s."""
+
+    initialization_timeout: int = 60
+    heartbeat_timeout: int = 30
+
+    def __post_init__(self) -> None:
+        _at_least(1, "start", initialization_timeout=self.initialization_timeout, heartbeat_timeout=self.heartbeat_timeout)
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What one job of a sweep asks of SLURM; null where SLURM's own default is meant.
+
+    Attributes:
+      nodes, tasks_per_node: one task is one process, and has one device.
+      time: limit of the job, `[days-]hours:minutes:seconds`.
+      max_parallel: jobs of a sweep that run at the same time.
+      max_array: SLURM's MaxArraySize; a longer sweep becomes several arrays.
+      python: the interpreter in the jobs, where it is not the one that submits: in a container.
+      grace: s before the limit at which a job is asked to save and leave.
+      prologue: shell lines before the command, such as `module load`.
+      run: what stands before the command: srun, and the container where there is one.
+      sbatch: further options of sbatch, such as `--exclusive`.
+      submit: false only writes the scripts.
+    """
+
+    nodes: int = 1
+    tasks_per_node: int = 1
+    cpus_per_task: int | None = None
+    gpus_per_node: int | None = None
+    time: str | None = None
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    mem: str | None = None
+    max_parallel: int | None = None
+    max_array: int | None = None
+    python: str | None = None
+    grace: int = 120
+    prologue: tuple[str, ...] = ()
+    run: str = "srun --kill-on-bad-exit=1"
+    sbatch: tuple[str, ...] = ()
+    submit: bool = True
+
+    def __post_init__(self) -> None:
+        counts = {
+            name: getattr(self, name) for name in ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "max_parallel", "max_array")
+        }
+        _at_least(1, "slurm", **counts)
+        _at_least(0, "slurm", grace=self.grace)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What is known of the machine, for `twinsim plan` alone; null where it is not known.
+
+    Attributes:
+      devices_per_node: devices that JAX sees there.
+      device_memory_gib: GiB a device.
+      peak_tflops: TFLOP/s of dense matrix products a device, in the precision of this scale.
+      device_power_w, node_power_w: W of a busy device, and of a node without its devices.
+      storage_gib: quota of the project's work folder, GiB.
+      source: where these figures are from.
+    """
+
+    devices_per_node: int | None = None
+    device_memory_gib: float | None = None
+    peak_tflops: float | None = None
+    device_power_w: float | None = None
+    node_power_w: float | None = None
+    storage_gib: float | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name != "source" and value is not None and not value > 0:
+                raise BadInput(f"config scale.hardware.{each.name}: expected a positive number or null, got {value}")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The table `scale`.
+
+    Attributes:
+      mesh: devices along `data`, `fsdp` and `model`; -1 for the rest.
+      precision: of the computation; the state is always float32.
+      remat: the activations of a block are computed again in the backward pass.
+      environment: variables of each job.
+    """
+
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    start: Start = Start()
+    environment: Mapping[str, str | int | float] = field(default_factory=dict)
+    slurm: Slurm | None = None
+    hardware: Hardware = Hardware()
+
+
+PARTS = {"start": Start, "slurm": Slurm, "hardware": Hardware}
+
+
+def read(table: Mapping[str, Any]) -> Scale:
+    """The table `scale` of a configuration. Raises BadInput: an unknown name, with the nearest known one, or a value of a wrong kind."""
+    node = {"_target_": "twinsim.scale.Scale", **table}
+    for name, part in PARTS.items():
+        inner = table.get(name)
+        if inner is not None and not isinstance(inner, Mapping):
+            raise BadInput(f"config scale.{name}: expected a table, got {inner!r}")
+        if inner is None:
+            node.pop(name, None)
+        else:
+            node[name] = {"_target_": f"twinsim.scale.{part.__name__}", **inner}
+    return build(node, "scale")
+
+
+def devices(scale: Scale) -> int | None:
+    """How many devices a job of this scale has, under SLURM one a task; None where that is whatever the machine has. Raises BadInput."""
+    there = scale.hardware.devices_per_node
+    if scale.slurm is None:
+        return there
+    if there is not None and scale.slurm.tasks_per_node > there:
+        raise BadInput(
+            f"config scale.slurm.tasks_per_node: expected at most the {there} devices of a node, got {scale.slurm.tasks_per_node}"
+        )
+    return scale.slurm.nodes * scale.slurm.tasks_per_node
