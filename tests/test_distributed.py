@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(folder: Path, out: str, *more: str) -> list[str]:
-    given = ["++scale.start={initialization_timeout: 60, heartbeat_timeout: 10}", MESH, "generate.batch=8", f"scenario={folder / 'toy.yaml'}"]
+    given = ["scale.start={initialization_timeout: 60, heartbeat_timeout: 10}", MESH, "generate.batch=8", f"scenario={folder / 'toy.yaml'}"]
     return [*toy.words(folder / "toy.nc", folder / out), *given, *more]
 
 
