@@ -179,7 +179,7 @@ def init(
 
 
 def make_update(
-    loss: Loss, optimizer: optax.GradientTransformation, settings: Settings, shardings: Any
+    loss: Loss, optimizer: optax.GradientTransformation, settings: Settings, shardings: Any, precision: Any = jnp.float32
 ) -> Callable[[TrainState, Example], tuple[TrainState, Metrics]]:
     """The update: `(state, batch) -> (state, {"loss", "grad_norm"})`, jitted; the state that goes in is used up.
 
@@ -187,30 +187,36 @@ def make_update(
 
     Args:
       shardings: where each leaf of the state lives, as `where(state)` says.
+      precision: in which type the loss gets the parameters of two or more axes; the state, and gradients summed over devices, are
+        of float32.
     """
     mesh: Mesh = shardings.step.mesh
     exponents = [ema_exponent(width) for width in settings.ema]
 
-    def mean_loss(params: Params, batch: Example, keys: Array) -> Array:
-        return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, batch, keys))
+    def local(whole: Assemble, params: Params, batch: Example, keys: Array) -> tuple[Array, Params]:
+        def mean_loss(params: Params, batch: Example, keys: Array) -> Array:
+            return jnp.mean(jax.vmap(loss, (None, 0, 0))(whole(params), batch, keys))
 
-    def gradient(params: Params, batch: Example, keys: Array) -> tuple[Array, Params]:
+        slope = jax.value_and_grad(meshes.forgetting(mean_loss) if mesh.shape["fsdp"] > 1 else mean_loss)
         if settings.microbatches == 1:
-            return jax.value_and_grad(mean_loss)(params, batch, keys)
+            return slope(params, batch, keys)
 
-        def part(rows: Array) -> Array:  # part i has rows i, i + count, ...: each device keeps its own
-            parts = jnp.swapaxes(rows.reshape(-1, settings.microbatches, *rows.shape[1:]), 0, 1)
-            return lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, *meshes.BATCH)))
+        def part(rows: Array) -> Array:  # part i has rows i, i + count, ...: the same on any number of devices
+            return jnp.swapaxes(rows.reshape(len(rows) // settings.microbatches, settings.microbatches, *rows.shape[1:]), 0, 1)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(params, *part)), None
+            return jax.tree.map(jnp.add, total, slope(params, *part)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         total, _ = lax.scan(add, zero, jax.tree.map(part, (batch, keys)))
         return jax.tree.map(lambda x: x / settings.microbatches, total)
 
+    gradient = meshes.mean_gradient(local, shardings.params, precision)
+
     def update(state: TrainState, batch: Example) -> tuple[TrainState, Metrics]:
         value, grads = gradient(state.params, batch, row_keys(state.key, state.step, settings.batch))
+        if mesh.size > 1:
+            grads = lax.with_sharding_constraint(grads, shardings.params)
         norm = optax.tree.norm(grads)
         if math.isfinite(settings.max_grad_norm):
             shorter = jnp.minimum(1.0, settings.max_grad_norm / norm)
