@@ -29,7 +29,6 @@ Padding = Literal["zero", "edge"]
 # 2019, "Megatron-LM", section 3). Modulations are split by input channels: their small outputs are needed whole.
 RULES: Rules = (
     (r"qkv/kernel$", P("fsdp", None, "model", None)),
-    (r"qkv/bias$", P(None, "model", None)),
     (r"(expand|conv1)/kernel$", P("fsdp", "model")),
     (r"(expand/bias|conv1/bias|norm2/(scale|bias))$", P("model")),
     (r"(mix|contract|conv2|modulate|film)/kernel$", P("model", "fsdp")),
@@ -379,18 +378,19 @@ class HiddenBlock(nnx.Module):
 class Heads(nnx.Module):
     """Queries, keys and values of each head, `[token, channel] -> [token, 3, head, channel of a head]`.
 
-    Its parameters keep the axis of the heads, along which a mesh can split them.
+    Its kernel keeps the axis of the heads, along which a mesh can split it.
     """
 
     def __init__(self, width: int, heads: int, *, dtype: Any, rngs: nnx.Rngs):
         flat = nnx.Linear(width, 3 * width, rngs=rngs)
         self.kernel = nnx.Param(flat.kernel[...].reshape(width, 3, heads, -1))
-        self.bias = nnx.Param(jnp.zeros((3, heads, width // heads)))
+        self.bias = nnx.Param(jnp.zeros(3 * width))  # one axis, as every bias has: what has more decays in training
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
-        y = lax.dot_general(x.astype(self.dtype), self.kernel[...].astype(self.dtype), (((1,), (0,)), ((), ())))
-        return y + self.bias[...].astype(self.dtype)[None]
+        kernel = self.kernel[...].astype(self.dtype)
+        y = lax.dot_general(x.astype(self.dtype), kernel, (((1,), (0,)), ((), ())))
+        return y + self.bias[...].astype(self.dtype).reshape(1, *kernel.shape[1:])
 
 
 class Embedding(nnx.Module):

@@ -108,9 +108,7 @@ def _count(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 # ---------------------------------------------------------------- gradients
 
 
-def mean_gradient(
-    gradient: Callable[..., tuple[jax.Array, Any]], shardings: Any, dtype: Any = jnp.float32
-) -> Callable[..., tuple[jax.Array, Any]]:
+def mean_gradient(gradient: Callable[..., tuple[Any, Any]], shardings: Any, dtype: Any = jnp.float32) -> Callable[..., tuple[Any, Any]]:
     """`(params, *rows) -> (value, gradient)`, the means over all rows of a batch, from the `gradient` for the rows of one device.
 
     Each device takes its own rows, and nothing but parameters and their gradients ever moves along `data` and `fsdp`: a leaf that is
@@ -132,14 +130,14 @@ def mean_gradient(
     if mesh.size == 1:
         return lambda params, *rows: gradient(whole, params, *rows)
 
-    def mean(params: Any, *rows: Any) -> tuple[jax.Array, Any]:
+    def mean(params: Any, *rows: Any) -> tuple[Any, Any]:
         value, grads = gradient(whole, params, *rows)
         grads = jax.tree.map(lambda grad, axis: lax.psum(grad, "data" if axis >= 0 else ("data", "fsdp")) / devices, grads, axes)
         return lax.psum(value, ("data", "fsdp")) / devices, grads
 
     held = jax.tree.map(lambda axis: PartitionSpec(*(None,) * axis, "fsdp") if axis >= 0 else PartitionSpec(), axes)
 
-    def spread(params: Any, *rows: Any) -> tuple[jax.Array, Any]:
+    def spread(params: Any, *rows: Any) -> tuple[Any, Any]:
         specs = (held, *(BATCH for _ in rows))
         alone = jax.shard_map(
             mean, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), held), axis_names={"data", "fsdp"}, check_vma=False

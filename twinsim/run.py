@@ -141,6 +141,7 @@ def check(config: Config) -> None:
     if not isinstance(sizes, Mapping) or not all(type(size) is int for size in sizes.values()):
         raise BadInput(f"config scale.mesh: expected a table of whole numbers, got {sizes!r}")
     mesh.make_mesh(sizes)
+    computing(config)
     _optimizer(config)
 
 
@@ -162,6 +163,16 @@ def _settings(part: str, values: Mapping[str, Any], target: str) -> Any:
                 raise BadInput(f"config {part}.{name}: expected a number, got {value!r}")
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return build({"_target_": target, **given}, part)
+
+
+def computing(config: Config) -> dict[str, Any]:
+    """How the generator computes in training where the scale asks for more than plain float32: arguments for it. Raises BadInput."""
+    precision, remat = config["scale"].get("precision", "float32"), config["scale"].get("remat", False)
+    if precision not in ("float32", "bfloat16"):
+        raise BadInput(f"config scale.precision: expected float32 or bfloat16, got {precision!r}")
+    if not isinstance(remat, bool):
+        raise BadInput(f"config scale.remat: expected true or false, got {remat!r}")
+    return ({"precision": precision} if precision != "float32" else {}) | ({"remat": True} if remat else {})
 
 
 def _optimizer(config: Config) -> Any:
@@ -286,12 +297,25 @@ def training(config: Config, progress: Progress, domain: Domain | None = None) -
     devices = mesh.make_mesh(config["scale"]["mesh"])
     settings = training_settings(config)
     module = build(config["generator"], "generator", spec=prepared.store.spec, rngs=nnx.Rngs(config["seed"]))
+    trainee, asked = module, computing(config)
+    if asked:  # for training alone: what is drawn does not depend on the scale
+        trainee = build(config["generator"], "generator", spec=prepared.store.spec, rngs=nnx.Rngs(config["seed"]), **asked)
     with files.alone(where.model, tell):
         where.model.mkdir(parents=True, exist_ok=True)
         files.write_text(where.model / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         with progress("train") as update:
             state = train.fit(
-                module, prepared.store, _optimizer(config), settings, where.model, devices, config["seed"], update, report=tell
+                trainee,
+                prepared.store,
+                _optimizer(config),
+                settings,
+                where.model,
+                devices,
+                config["seed"],
+                update,
+                getattr(trainee, "rules", mesh.RULES),
+                tell,
+                asked.get("precision", "float32"),
             )
     assemble, _ = train.split(module)
     averages = jax.device_put(train.ema_params(state, config["generate"]["ema"]), mesh.replicated(devices))

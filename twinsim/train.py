@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from twinsim import checkpoint
 from twinsim import mesh as meshes
@@ -168,14 +169,25 @@ def init(
 ) -> tuple[Assemble, TrainState]:
     """The state before the first update, on `mesh`, and the function that makes a module of its parameters."""
     assemble, params = split(module)
-
-    def fresh(params: Params) -> TrainState:
-        ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jax.random.key(seed))
-
+    fresh = partial(_fresh, optimizer, seed, averages)
     params = jax.device_put(params, meshes.shard(params, mesh, rules))
     shardings = meshes.shard(jax.eval_shape(fresh, params), mesh, rules)
     return assemble, jax.jit(fresh, out_shardings=shardings)(params)
+
+
+def outline(
+    module: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh, rules: meshes.Rules = meshes.RULES, averages: int = 2
+) -> tuple[Assemble, TrainState]:
+    """What `init` gives, without a value: shapes, types and shardings. `module` may itself come from `nnx.eval_shape`."""
+    assemble, params = split(module)
+    state = jax.eval_shape(partial(_fresh, optimizer, 0, averages), params)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return assemble, jax.tree.map(place, state, meshes.shard(state, mesh, rules))
+
+
+def _fresh(optimizer: optax.GradientTransformation, seed: int, averages: int, params: Params) -> TrainState:
+    ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jax.random.key(seed))
 
 
 def make_update(
@@ -257,6 +269,7 @@ def fit(
     progress: Progress | None = None,
     rules: meshes.Rules = meshes.RULES,
     report: checkpoint.Report = warnings.warn,
+    precision: Any = jnp.float32,
 ) -> TrainState:
     """Trains `module`, a `Generator`, on `store`; called again with the same arguments, goes on from the newest checkpoint.
 
@@ -274,7 +287,7 @@ def fit(
     if checkpoint.steps(saved):
         state = _resume(saved, state, settings, report)
     first = int(state.step)
-    update = make_update(lambda params, example, key: assemble(params).loss(example, key), optimizer, settings, where(state))
+    update = make_update(lambda params, example, key: assemble(params).loss(example, key), optimizer, settings, where(state), precision)
     awaited: collections.deque[tuple[int, Metrics]] = collections.deque()
     log = _Log(folder, first, settings, progress)
 
