@@ -20,6 +20,7 @@ from jax import Array, lax
 from generators.guidance import Denoiser, classifier_free, guide
 from twinsim.base import Array as AnyArray
 from twinsim.base import BadInput, Constraint, Example, Spec, Target
+from twinsim.mesh import RULES
 
 # ---------------------------------------------------------------- the generator
 
@@ -34,6 +35,8 @@ class Diffusion(nnx.Module):
       objective: what training minimises.
       sampler: how a draw is made.
       condition_dropout: share of training examples whose fields and scalars are hidden, for classifier-free guidance.
+      precision, remat: of the backbone, in place of its own; parameters, preconditioning and loss stay float32.
+      rules: how the backbone is split over devices; those of the engine where it has none of its own.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class Diffusion(nnx.Module):
         condition_dropout: float = 0.0,
         *,
         rngs: nnx.Rngs,
+        precision: str | None = None,
+        remat: bool | None = None,
     ):
         sampler = Sampler() if sampler is None else sampler
         if process not in PROCESSES:
@@ -57,7 +62,10 @@ class Diffusion(nnx.Module):
         self.spec, self.process, self.sampler, self.condition_dropout = spec, process, sampler, condition_dropout
         self.objective = DEFAULT_OBJECTIVES[process] if objective is None else objective
         # With condition dropout the net reads one scalar more: 1 where the condition is hidden.
-        self.net = net(spec=spec._replace(scalars=spec.scalars + 1) if condition_dropout else spec, rngs=rngs)
+        seen = spec._replace(scalars=spec.scalars + 1) if condition_dropout else spec
+        computing = {name: value for name, value in {"dtype": precision, "remat": remat}.items() if value is not None}
+        self.net = net(spec=seen, rngs=rngs, **computing)
+        self.rules = getattr(self.net, "rules", RULES)
 
     def loss(self, example: Example, key: Array) -> Array:
         """The objective for one example."""

@@ -17,10 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 
 from twinsim.base import BadInput, Spec
+from twinsim.mesh import Rules
 
 Padding = Literal["zero", "edge"]
+
+# How a backbone is split, over the mesh axes `fsdp` and `model`. Layers come in pairs, the first split by output channels or heads, the
+# second by input channels, so that what lies between them is whole nowhere and one sum over `model` joins a pair (Shoeybi et al.
+# 2019, "Megatron-LM", section 3). Modulations are split by input channels: their small outputs are needed whole.
+RULES: Rules = (
+    (r"qkv/kernel$", P("fsdp", None, "model", None)),
+    (r"(expand|conv1)/kernel$", P("fsdp", "model")),
+    (r"(expand/bias|conv1/bias|norm2/(scale|bias))$", P("model")),
+    (r"(mix|contract|conv2|modulate|film)/kernel$", P("model", "fsdp")),
+    (r"kernel$", P("fsdp", None)),
+)
 
 FAN_IN = nnx.initializers.lecun_normal()
 ZERO = nnx.initializers.zeros_init()
@@ -43,6 +56,8 @@ class UNet(nnx.Module):
       dtype: of the arithmetic; parameters stay float32.
       remat: compute each block again in the backward pass instead of keeping its activations.
     """
+
+    rules = RULES
 
     def __init__(
         self,
@@ -135,12 +150,12 @@ class SelfAttention(nnx.Module):
         if width % self.heads:
             raise BadInput(f"attention: the width must be a multiple of its {self.heads} heads, got {width}")
         self.norm = GroupNorm(width, rngs=rngs)
-        self.inward = nnx.Linear(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.outward = nnx.Linear(width, width, kernel_init=ZERO, dtype=dtype, rngs=rngs)
+        self.qkv = Heads(width, self.heads, dtype=dtype, rngs=rngs)
+        self.mix = nnx.Linear(width, width, kernel_init=ZERO, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, e: Array, key: Array | None = None) -> Array:
         h = self.norm(x).reshape(-1, x.shape[-1])
-        return x + self.outward(attend(self.inward(h), self.heads)).reshape(x.shape)
+        return x + self.mix(attend(self.qkv(h))).reshape(x.shape)
 
 
 class Conv(nnx.Module):
@@ -214,6 +229,8 @@ class DiT(nnx.Module):
       remat: compute each block again in the backward pass instead of keeping its activations.
     """
 
+    rules = RULES
+
     def __init__(
         self,
         spec: Spec,
@@ -248,7 +265,7 @@ class DiT(nnx.Module):
         self.inward = nnx.Linear(cells * (spec.channels + spec.fields), width, dtype=dtype, rngs=rngs)
         sizes: dict[str, Any] = {"heads": heads, "expansion": expansion, "embedding": embedding, "dropout": dropout}
         self.blocks = nnx.List([TransformerBlock(width, dtype=dtype, rngs=rngs, **sizes) for _ in range(depth)])
-        self.modulate = nnx.Linear(embedding, 2 * width, kernel_init=ZERO, rngs=rngs)
+        self.modulate = nnx.Linear(embedding, 2 * width, kernel_init=ZERO, dtype=jnp.float32, rngs=rngs)
         self.outward = nnx.Linear(width, cells * spec.channels, kernel_init=ZERO, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, noise_level: Array, fields: Array, scalars: Array, key: Array | None = None) -> Array:
@@ -269,16 +286,16 @@ class TransformerBlock(nnx.Module):
     def __init__(
         self, width: int, *, heads: int, expansion: int, embedding: int, dropout: float = 0.0, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        self.heads, self.dropout = heads, dropout
-        self.modulate = nnx.Linear(embedding, 6 * width, kernel_init=ZERO, rngs=rngs)
-        self.qkv = nnx.Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.dropout = dropout
+        self.modulate = nnx.Linear(embedding, 6 * width, kernel_init=ZERO, dtype=jnp.float32, rngs=rngs)
+        self.qkv = Heads(width, heads, dtype=dtype, rngs=rngs)
         self.mix = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
         self.expand = nnx.Linear(width, expansion * width, dtype=dtype, rngs=rngs)
         self.contract = nnx.Linear(expansion * width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, h: Array, e: Array, key: Array | None = None) -> Array:
         scale1, shift1, gate1, scale2, shift2, gate2 = jnp.split(self.modulate(e), 6)
-        change = self.mix(attend(self.qkv(layer_norm(h, scale1, shift1)), self.heads))
+        change = self.mix(attend(self.qkv(layer_norm(h, scale1, shift1))))
         h = h + along_channels(gate1, h).astype(h.dtype) * change
         hidden = drop(nnx.gelu(self.expand(layer_norm(h, scale2, shift2))), self.dropout, key)
         return h + along_channels(gate2, h).astype(h.dtype) * self.contract(hidden)
@@ -298,6 +315,8 @@ class ResidualMLP(nnx.Module):
       dtype: of the arithmetic; parameters stay float32.
       remat: compute each block again in the backward pass instead of keeping its activations.
     """
+
+    rules = RULES
 
     def __init__(
         self,
@@ -324,7 +343,7 @@ class ResidualMLP(nnx.Module):
         self.inward = nnx.Linear(cells * (self.leading + spec.fields), width, dtype=dtype, rngs=rngs)
         sizes: dict[str, Any] = {"expansion": expansion, "embedding": embedding, "dropout": dropout}
         self.blocks = nnx.List([HiddenBlock(width, dtype=dtype, rngs=rngs, **sizes) for _ in range(depth)])
-        self.modulate = nnx.Linear(embedding, 2 * width, kernel_init=ZERO, rngs=rngs)
+        self.modulate = nnx.Linear(embedding, 2 * width, kernel_init=ZERO, dtype=jnp.float32, rngs=rngs)
         self.outward = nnx.Linear(width, cells * self.leading, kernel_init=ZERO, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, noise_level: Array, fields: Array, scalars: Array, key: Array | None = None) -> Array:
@@ -343,7 +362,7 @@ class HiddenBlock(nnx.Module):
 
     def __init__(self, width: int, *, expansion: int, embedding: int, dropout: float = 0.0, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.dropout = dropout
-        self.modulate = nnx.Linear(embedding, 3 * width, kernel_init=ZERO, rngs=rngs)
+        self.modulate = nnx.Linear(embedding, 3 * width, kernel_init=ZERO, dtype=jnp.float32, rngs=rngs)
         self.expand = nnx.Linear(width, expansion * width, dtype=dtype, rngs=rngs)
         self.contract = nnx.Linear(expansion * width, width, dtype=dtype, rngs=rngs)
 
@@ -356,13 +375,31 @@ class HiddenBlock(nnx.Module):
 # ---------------------------------------------------------------- parts they share
 
 
+class Heads(nnx.Module):
+    """Queries, keys and values of each head, `[token, channel] -> [token, 3, head, channel of a head]`.
+
+    Its kernel keeps the axis of the heads, along which a mesh can split it.
+    """
+
+    def __init__(self, width: int, heads: int, *, dtype: Any, rngs: nnx.Rngs):
+        flat = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.kernel = nnx.Param(flat.kernel[...].reshape(width, 3, heads, -1))
+        self.bias = nnx.Param(jnp.zeros(3 * width))  # one axis, as every bias has: what has more decays in training
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        y = lax.dot_general(x.astype(self.dtype), kernel, (((1,), (0,)), ((), ())))
+        return y + self.bias[...].astype(self.dtype).reshape(1, *kernel.shape[1:])
+
+
 class Embedding(nnx.Module):
     """Noise level and scalars as one vector: sinusoids of the level, then two layers."""
 
     def __init__(self, scalars: int, width: int, *, rngs: nnx.Rngs, waves: int = 32):
         self.waves = waves
-        self.first = nnx.Linear(2 * waves + scalars, width, rngs=rngs)
-        self.second = nnx.Linear(width, width, rngs=rngs)
+        self.first = nnx.Linear(2 * waves + scalars, width, dtype=jnp.float32, rngs=rngs)
+        self.second = nnx.Linear(width, width, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, noise_level: Array, scalars: Array) -> Array:
         phase = noise_level * jnp.exp(jnp.linspace(0.0, math.log(100.0), self.waves))
@@ -390,10 +427,10 @@ def check_grid(spec: Spec) -> None:
         raise BadInput(f"spec: expected a grid of rank 1, 2 or 3 and one `periodic` an axis, got {spec.grid} and {spec.periodic}")
 
 
-def attend(qkv: Array, heads: int) -> Array:
-    """Attention among tokens, from their queries, keys and values side by side, `[token, 3 * width]`."""
-    q, k, v = (a.reshape(a.shape[0], heads, -1) for a in jnp.split(qkv, 3, -1))
-    logits = jnp.einsum("qhd,khd->hqk", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
+def attend(qkv: Array) -> Array:
+    """Attention among tokens, from the queries, keys and values `[token, 3, head, channel]`: `[token, head * channel]`."""
+    q, k, v = (qkv[:, i] for i in range(3))
+    logits = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(logits).astype(v.dtype), v).reshape(qkv.shape[0], -1)
 
 

@@ -154,6 +154,32 @@ def test_options_change_cost_not_result(name):
     assert abs(dropped / value - 1) > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_learns_what_float32_learns(name):
+    spec = Spec((4, 4), 1, 0, 1, (False, False))
+    x, level, fields, scalars = inputs(spec)
+    wanted = inputs(spec, 1)[0]
+
+    def losses(**options):
+        graph, params, rest = nnx.split(trained(SMALL[name], spec, **options), nnx.Param, ...)
+
+        def loss(params):
+            return jnp.mean(jnp.square(nnx.merge(graph, params, rest)(x, level, fields, scalars) - wanted))
+
+        def step(params, _):
+            value, grads = jax.value_and_grad(loss)(params)
+            return jax.tree.map(lambda param, grad: param - 0.02 * grad, params, grads), value
+
+        params, values = rough_jit(lambda params: jax.lax.scan(step, params, length=60))(params)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+        return np.asarray(values)
+
+    whole, half = losses(), losses(dtype="bfloat16", remat=True)
+    np.testing.assert_allclose(half[0], whole[0], rtol=0.05)
+    assert whole[-1] < 0.3 * whole[0] and half[-1] < 0.3 * half[0]
+
+
 @pytest.mark.parametrize(
     "build",
     [

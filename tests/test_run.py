@@ -11,6 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import toy
@@ -155,6 +156,7 @@ def test_hashes_name_what_decides_and_nothing_else(made):
     plain = run.places(toy.config(made))
     assert run.places({**toy.config(made), "out": "elsewhere"}).model.name == plain.model.name
     assert run.places(toy.config(made, "generate.batch=16", "train.log_every=2", "train.save_every=3")) == plain
+    assert run.places(toy.config(made, "scale.precision=bfloat16", "scale.remat=true", "scale.mesh.fsdp=2")) == plain
     for change in ("seed=1", "train.steps=5", "generator.net.width=24", "domain.season=false"):
         assert run.places(toy.config(made, change)).model != plain.model
     settings = toy.config(made)
@@ -166,6 +168,16 @@ def test_hashes_name_what_decides_and_nothing_else(made):
 
 
 @pytest.mark.slow
+def test_precision_and_remat_of_the_scale_are_those_of_training(made, begun):
+    shutil.rmtree(begun / "out" / "models")
+    plain = run.training(config(made, begun), quiet)
+    shutil.rmtree(begun / "out" / "models")
+    rough = run.training(config(made, begun, "scale.precision=bfloat16", "scale.remat=true", "scale.mesh.fsdp=2"), quiet)
+    assert rough.assemble(rough.params).net.dtype == np.float32 and not rough.assemble(rough.params).net.remat  # for drawing
+    gap = [float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(rough.params), strict=True)]
+    assert 1e-6 < max(gap) < 1e-2  # four steps of Adam, each at most its rate
+
+
 def test_netcdf_on_request_and_overrides_of_the_scenario(made, begun):
     folder = run.deliver(config(made, begun, "+set.formats=[netcdf]", "+set.members=2", "+set.period.every=5"), quiet)
     with xr.open_dataset(folder / "samples.nc") as written, xr.open_zarr(folder / "samples.zarr", consolidated=False) as data:
@@ -348,6 +360,8 @@ def test_a_whole_folder_appears_at_its_end_only(tmp_path):
         ("generate.tile=0", "generate: expected tile"),
         ("optimizer.learning_rate=-1", "optimizer: expected learning_rate > 0"),
         ("scale.mesh.model=3", "mesh"),
+        ("scale.precision=float16", "config scale.precision: expected float32 or bfloat16, got .float16."),
+        ("scale.remat=1", "config scale.remat: expected true or false, got 1"),
         ("domain._target_=os.system", "which may not be built"),
         ("generator.net._target_=builtins.exec", "which may not be built"),
         ("optimizer._target_=subprocess.run", "which may not be built"),

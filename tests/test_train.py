@@ -203,6 +203,30 @@ def test_microbatches_change_nothing(count):
     np.testing.assert_allclose(at_once["grad_norm"], in_parts["grad_norm"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [{"data": 4}, {"data": 1, "fsdp": 4}, {"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 2, "model": 2}])
+def test_every_mesh_takes_the_same_step(sizes):
+    alone, metrics = one_update(mesh(1))
+    spread, spread_metrics = one_update(mesh(4, **sizes))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), alone.params, spread.params)  # another order of summation
+    np.testing.assert_allclose(metrics["grad_norm"], spread_metrics["grad_norm"], rtol=1e-5)
+
+
+def test_bfloat16_keeps_the_state_in_float32_and_the_loss_close():
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        where, optimizer = mesh(4, fsdp=2), optax.sgd(0.1)
+        assemble, state = train.init(module(), optimizer, SEED, where)
+        update = train.make_update(loss_of(assemble), optimizer, settings(), train.where(state), precision)
+        rows = meshes.process_rows(where, BATCH)
+        batch = Example(*(meshes.place(rows, part[rows], where, BATCH) for part in examples()))
+        with jax.numpy_dtype_promotion("standard"):  # the toy multiplies float32 by what it is given
+            state, found[precision] = update(state, batch)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    for name in ("loss", "grad_norm"):
+        assert found["bfloat16"][name].dtype == jnp.float32
+        np.testing.assert_allclose(found["bfloat16"][name], found["float32"][name], rtol=0.02)  # weights of 8 bits, three layers
+
+
 def test_state_is_split_over_fsdp_and_model():
     state, _ = one_update(mesh(8, data=2, fsdp=2, model=2))
     for tree in (state.params, state.ema[0], state.ema[1]):

@@ -1,7 +1,8 @@
 """Devices and processes become a mesh and shardings: the only file that knows how many there are.
 
 Three axes: `data` holds replicas of the parameters, `fsdp` splits both batch and parameters, `model` splits parameters alone.
-Which leaf is split how is one table of rules, so that the same code runs on a laptop's processor and on many nodes.
+Which leaf is split how is a table of rules, so that the same code runs on a laptop's processor and on many nodes. What moves along
+`data` and `fsdp` is written out here (`mean_gradient`); what moves along `model` follows from the rules, by XLA's partitioner.
 """
 
 import contextlib
@@ -11,10 +12,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -23,8 +27,11 @@ from twinsim.base import BadInput
 AXES = ("data", "fsdp", "model")
 BATCH = PartitionSpec(("data", "fsdp"))  # the rows of a batch; every other axis of it is whole
 
+SMALL = 4096  # elements of a leaf that may be whole on every device
+
 Rules = Sequence[tuple[str, PartitionSpec]]
-# The last two axes of a kernel, of a linear layer `[in, out]` and of a convolution `[..., in, out]`, are its largest.
+# For a generator without rules of its own. The last two axes of a kernel, of a linear layer `[in, out]` and of a convolution
+# `[..., in, out]`, are its largest.
 RULES: Rules = (
     (r"(^|/)(kernel|embedding)$", PartitionSpec("fsdp", "model")),
     (r"", PartitionSpec()),
@@ -106,18 +113,20 @@ def leaf_path(path: Sequence[Any]) -> str:
 def shard(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
     """The sharding of each leaf of `tree`: that of the first rule whose pattern is found in the leaf's path.
 
-    A spec shorter than the leaf's rank is meant for its last axes. An axis that its mesh axes do not divide stays whole.
+    A spec shorter than the leaf's rank is meant for its last axes. An axis that its mesh axes do not divide stays whole; a leaf of
+    more than `SMALL` elements that is then not split over `fsdp` is split along its largest axis that can be.
     """
 
     def one(path: Sequence[Any], leaf: Any) -> NamedSharding:
         spec = next((spec for pattern, spec in rules if re.search(pattern, leaf_path(path))), PartitionSpec())
         rank = len(leaf.shape)
-        if len(spec) > rank:
-            return replicated(mesh)
-        aligned = (None,) * (rank - len(spec)) + tuple(spec)
-        return NamedSharding(
-            mesh, PartitionSpec(*(axes if size % _count(mesh, axes) == 0 else None for axes, size in zip(aligned, leaf.shape, strict=True)))
-        )
+        aligned = (None,) * (rank - len(spec)) + tuple(spec) if len(spec) <= rank else (None,) * rank
+        placed = [axes if size % _count(mesh, axes) == 0 else None for axes, size in zip(aligned, leaf.shape, strict=True)]
+        if "fsdp" not in placed and int(np.prod(leaf.shape)) > SMALL:
+            whole = [axis for axis in range(rank) if placed[axis] is None and leaf.shape[axis] % mesh.shape["fsdp"] == 0]
+            if whole:
+                placed[max(whole, key=lambda axis: leaf.shape[axis])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*placed))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -125,6 +134,78 @@ def shard(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
 def _count(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     names = (axes,) if isinstance(axes, str) else axes or ()
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def mean_gradient(gradient: Callable[..., tuple[Any, Any]], shardings: Any, dtype: Any = jnp.float32) -> Callable[..., tuple[Any, Any]]:
+    """`(params, *rows) -> (value, gradient)`, the means over all rows of a batch, from the `gradient` for the rows of one device.
+
+    Each device takes its own rows, and nothing but parameters and their gradients ever moves along `data` and `fsdp`: a leaf that is
+    split over `fsdp` is gathered where it is used, its gradient is summed back into the parts (reduce-scatter), and then summed
+    over `data`. Rajbhandari et al. (2020), "ZeRO", stage 3.
+
+    Args:
+      gradient: `(whole, params, *rows) -> (value, gradient)`, where `whole(params)`, to be called inside of what is
+        differentiated, are the whole parameters, in `dtype` where they have two or more axes.
+      shardings: where each leaf of the parameters lives.
+    """
+    mesh: Mesh = jax.tree.leaves(shardings)[0].mesh
+    axes = jax.tree.map(lambda sharding: _axis_along(sharding.spec, "fsdp") if mesh.shape["fsdp"] > 1 else -1, shardings)
+    devices = _count(mesh, ("data", "fsdp"))
+
+    def whole(params: Any) -> Any:
+        return jax.tree.map(lambda leaf, axis: _gather(leaf, axis, jnp.dtype(dtype) if leaf.ndim > 1 else leaf.dtype), params, axes)
+
+    if mesh.size == 1:
+        return lambda params, *rows: gradient(whole, params, *rows)
+
+    def mean(params: Any, *rows: Any) -> tuple[Any, Any]:
+        value, grads = gradient(whole, params, *rows)
+        grads = jax.tree.map(lambda grad, axis: lax.psum(grad, "data" if axis >= 0 else ("data", "fsdp")) / devices, grads, axes)
+        return lax.psum(value, ("data", "fsdp")) / devices, grads
+
+    held = jax.tree.map(lambda axis: PartitionSpec(*(None,) * axis, "fsdp") if axis >= 0 else PartitionSpec(), axes)
+
+    def spread(params: Any, *rows: Any) -> tuple[Any, Any]:
+        specs = (held, *(BATCH for _ in rows))
+        alone = jax.shard_map(
+            mean, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), held), axis_names={"data", "fsdp"}, check_vma=False
+        )
+        return alone(params, *rows)
+
+    return spread
+
+
+def forgetting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose gathered parameters are not kept for the backward pass but gathered again: else no memory were saved."""
+    cheap = {"custom_vjp_call", "convert_element_type", "reshape", "transpose"}  # `_gather`, and what stands between it and a use
+    return jax.checkpoint(function, policy=lambda primitive, *_, **__: primitive.name not in cheap)
+
+
+def _axis_along(spec: PartitionSpec, name: str) -> int:
+    """Which axis of an array with `spec` is split over the mesh axis `name`; -1 for none."""
+    return next((axis for axis, names in enumerate(spec) if name == names), -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(part: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """The whole of a leaf split over `fsdp` along `axis`, sent in `dtype`; its gradient is summed in the leaf's own type."""
+    part = part.astype(dtype)
+    return part if axis < 0 else lax.all_gather(part, "fsdp", axis=axis, tiled=True)
+
+
+def _gather_forward(part: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    return _gather(part, axis, dtype), jnp.zeros((), part.dtype)
+
+
+def _gather_backward(axis: int, dtype: Any, like: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    grad = grad.astype(like.dtype)
+    return (grad if axis < 0 else lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 # ---------------------------------------------------------------- batches

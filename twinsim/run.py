@@ -169,6 +169,12 @@ def _settings(part: str, values: Mapping[str, Any], target: str) -> Any:
     return build({"_target_": target, **given}, part)
 
 
+def computing(config: Config) -> dict[str, Any]:
+    """How the generator computes in training where the scale asks for more than plain float32: arguments for it. Raises BadInput."""
+    asked = scale.read(config["scale"])
+    return ({"precision": asked.precision} if asked.precision != "float32" else {}) | ({"remat": True} if asked.remat else {})
+
+
 def _optimizer(config: Config) -> Any:
     return build(config["optimizer"], "optimizer", steps=training_settings(config).steps)
 
@@ -292,6 +298,9 @@ def training(config: Config, progress: Progress, domain: Domain | None = None) -
     devices = mesh.make_mesh(config["scale"]["mesh"])
     settings = training_settings(config)
     module = build(config["generator"], "generator", spec=prepared.store.spec, rngs=nnx.Rngs(config["seed"]))
+    trainee, asked = module, computing(config)
+    if asked:  # for training alone: what is drawn does not depend on the scale
+        trainee = build(config["generator"], "generator", spec=prepared.store.spec, rngs=nnx.Rngs(config["seed"]), **asked)
     with files.alone(where.model, tell):
         with mesh.first_leads():
             if mesh.is_first():
@@ -299,7 +308,17 @@ def training(config: Config, progress: Progress, domain: Domain | None = None) -
                 files.write_text(where.model / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         with progress("train") as update:
             state = train.fit(
-                module, prepared.store, _optimizer(config), settings, where.model, devices, config["seed"], update, report=tell
+                trainee,
+                prepared.store,
+                _optimizer(config),
+                settings,
+                where.model,
+                devices,
+                config["seed"],
+                update,
+                getattr(trainee, "rules", mesh.RULES),
+                tell,
+                asked.get("precision", "float32"),
             )
     assemble, _ = train.split(module)
     averages = mesh.copy_here(train.ema_params(state, config["generate"]["ema"]), devices)

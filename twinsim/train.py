@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from twinsim import checkpoint
 from twinsim import mesh as meshes
@@ -175,6 +175,16 @@ def init(
     return assemble, jax.jit(fresh, out_shardings=shardings)(params)
 
 
+def outline(
+    module: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh, rules: meshes.Rules = meshes.RULES, averages: int = 2
+) -> tuple[Assemble, TrainState]:
+    """What `init` gives, without a value: shapes, types and shardings. `module` may itself come from `nnx.eval_shape`."""
+    assemble, params = split(module)
+    state = jax.eval_shape(partial(begin, optimizer=optimizer, seed=0, averages=averages), params)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return assemble, jax.tree.map(place, state, meshes.shard(state, mesh, rules))
+
+
 def begin(params: Params, optimizer: optax.GradientTransformation, seed: int, averages: int) -> TrainState:
     """The state before the first update, of parameters as they were drawn; pure, so that its shapes are known without it."""
     ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))
@@ -182,7 +192,7 @@ def begin(params: Params, optimizer: optax.GradientTransformation, seed: int, av
 
 
 def make_update(
-    loss: Loss, optimizer: optax.GradientTransformation, settings: Settings, shardings: Any
+    loss: Loss, optimizer: optax.GradientTransformation, settings: Settings, shardings: Any, precision: Any = jnp.float32
 ) -> Callable[[TrainState, Example], tuple[TrainState, Metrics]]:
     """The update: `(state, batch) -> (state, {"loss", "grad_norm"})`, jitted; the state that goes in is used up.
 
@@ -190,30 +200,36 @@ def make_update(
 
     Args:
       shardings: where each leaf of the state lives, as `where(state)` says.
+      precision: in which type the loss gets the parameters of two or more axes; the state, and gradients summed over devices, are
+        of float32.
     """
     mesh: Mesh = shardings.step.mesh
     exponents = [ema_exponent(width) for width in settings.ema]
 
-    def mean_loss(params: Params, batch: Example, keys: Array) -> Array:
-        return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, batch, keys))
+    def local(whole: Assemble, params: Params, batch: Example, keys: Array) -> tuple[Array, Params]:
+        def mean_loss(params: Params, batch: Example, keys: Array) -> Array:
+            return jnp.mean(jax.vmap(loss, (None, 0, 0))(whole(params), batch, keys))
 
-    def gradient(params: Params, batch: Example, keys: Array) -> tuple[Array, Params]:
+        slope = jax.value_and_grad(meshes.forgetting(mean_loss) if mesh.shape["fsdp"] > 1 else mean_loss)
         if settings.microbatches == 1:
-            return jax.value_and_grad(mean_loss)(params, batch, keys)
+            return slope(params, batch, keys)
 
-        def part(rows: Array) -> Array:  # part i has rows i, i + count, ...: each device keeps its own
-            parts = jnp.swapaxes(rows.reshape(-1, settings.microbatches, *rows.shape[1:]), 0, 1)
-            return lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, *meshes.BATCH)))
+        def part(rows: Array) -> Array:  # part i has rows i, i + count, ...: the same on any number of devices
+            return jnp.swapaxes(rows.reshape(len(rows) // settings.microbatches, settings.microbatches, *rows.shape[1:]), 0, 1)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(params, *part)), None
+            return jax.tree.map(jnp.add, total, slope(params, *part)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         total, _ = lax.scan(add, zero, jax.tree.map(part, (batch, keys)))
         return jax.tree.map(lambda x: x / settings.microbatches, total)
 
+    gradient = meshes.mean_gradient(local, shardings.params, precision)
+
     def update(state: TrainState, batch: Example) -> tuple[TrainState, Metrics]:
         value, grads = gradient(state.params, batch, row_keys(state.key, state.step, settings.batch))
+        if mesh.size > 1:
+            grads = lax.with_sharding_constraint(grads, shardings.params)
         norm = optax.tree.norm(grads)
         if math.isfinite(settings.max_grad_norm):
             shorter = jnp.minimum(1.0, settings.max_grad_norm / norm)
@@ -254,6 +270,7 @@ def fit(
     progress: Progress | None = None,
     rules: meshes.Rules = meshes.RULES,
     report: checkpoint.Report = warnings.warn,
+    precision: Any = jnp.float32,
 ) -> TrainState:
     """Trains `module`, a `Generator`, on `store`; called again with the same arguments, goes on from the newest checkpoint.
 
@@ -271,7 +288,7 @@ def fit(
     if checkpoint.steps(saved):
         state = _resume(saved, state, settings, report)
     first = int(state.step)
-    update = make_update(lambda params, example, key: assemble(params).loss(example, key), optimizer, settings, where(state))
+    update = make_update(lambda params, example, key: assemble(params).loss(example, key), optimizer, settings, where(state), precision)
     awaited: collections.deque[tuple[int, Metrics]] = collections.deque()
     log = _Log(folder, first, settings, progress)
 
