@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from twinsim.base import BadInput
+from twinsim.base import Array, BadInput
 
 AXES = ("data", "fsdp", "model")
 BATCH = PartitionSpec(("data", "fsdp"))  # the rows of a batch; every other axis of it is whole
@@ -161,10 +161,15 @@ def mean_gradient(gradient: Callable[..., tuple[Any, Any]], shardings: Any, dtyp
     if mesh.size == 1:
         return lambda params, *rows: gradient(whole, params, *rows)
 
+    def total(value: Array, along: Sequence[str]) -> Array:
+        for axis in along:  # within a node, then between nodes: the same sums, in the same order, however processes hold the devices
+            value = lax.psum(value, axis) if mesh.shape[axis] > 1 else value
+        return value
+
     def mean(params: Any, *rows: Any) -> tuple[Any, Any]:
         value, grads = gradient(whole, params, *rows)
-        grads = jax.tree.map(lambda grad, axis: lax.psum(grad, "data" if axis >= 0 else ("data", "fsdp")) / devices, grads, axes)
-        return lax.psum(value, ("data", "fsdp")) / devices, grads
+        grads = jax.tree.map(lambda grad, axis: total(grad, ("data",) if axis >= 0 else ("fsdp", "data")) / devices, grads, axes)
+        return total(value, ("fsdp", "data")) / devices, grads
 
     held = jax.tree.map(lambda axis: PartitionSpec(*(None,) * axis, "fsdp") if axis >= 0 else PartitionSpec(), axes)
 
