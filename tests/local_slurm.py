@@ -169,10 +169,12 @@ def restarts(job: str) -> int:
 
 
 def start_now(job: str) -> None:
-    """Spares a job that was put back into the queue SLURM's two minutes there; these begin anew when its last process is gone."""
+    """Spares a job that was put back into the queue SLURM's two minutes there."""
 
-    def begun() -> bool:
-        said("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return bool(re.search(r"JobState=(RUNNING|COMPLETED|FAILED)", said("scontrol", "show", "job", job)))
+    def state() -> str:
+        return said("scontrol", "show", "job", job)
 
-    until(begun, 60, f"job {job} does not begin")
+    until(lambda: "JobState=PENDING Reason=BeginTime" in state(), 40, f"job {job} does not wait")
+    time.sleep(2)  # what those minutes are for: the end of the first start, told late, would count as that of the second
+    said("scontrol", "update", f"JobId={job}", "StartTime=now")
+    until(lambda: re.search(r"JobState=(RUNNING|COMPLETED)", state()), 40, f"job {job} does not begin")
