@@ -4,9 +4,10 @@ Nothing here decides what is computed: a model keeps its name, and its checkpoin
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from twinsim import slurm
 from twinsim.base import BadInput
 from twinsim.build import build
 
@@ -26,49 +27,6 @@ class Start:
 
     def __post_init__(self) -> None:
         _at_least(1, "start", initialization_timeout=self.initialization_timeout, heartbeat_timeout=self.heartbeat_timeout)
-
-
-@dataclass(frozen=True)
-class Slurm:
-    """What one job of a sweep asks of SLURM; null where SLURM's own default is meant.
-
-    Attributes:
-      nodes, tasks_per_node: one task is one process, and has one device.
-      time: limit of the job, `[days-]hours:minutes:seconds`.
-      max_parallel: jobs of a sweep that run at the same time.
-      max_array: SLURM's MaxArraySize; a longer sweep becomes several arrays.
-      python: the interpreter in the jobs, where it is not the one that submits: in a container.
-      grace: s before the limit at which a job is asked to save and leave.
-      prologue: shell lines before the command, such as `module load`.
-      run: what stands before the command: srun, and the container where there is one.
-      sbatch: further options of sbatch, such as `--exclusive`.
-      submit: false only writes the scripts.
-    """
-
-    nodes: int = 1
-    tasks_per_node: int = 1
-    cpus_per_task: int | None = None
-    gpus_per_node: int | None = None
-    time: str | None = None
-    account: str | None = None
-    partition: str | None = None
-    qos: str | None = None
-    mem: str | None = None
-    max_parallel: int | None = None
-    max_array: int | None = None
-    python: str | None = None
-    grace: int = 120
-    prologue: tuple[str, ...] = ()
-    run: str = "srun --kill-on-bad-exit=1"
-    sbatch: tuple[str, ...] = ()
-    submit: bool = True
-
-    def __post_init__(self) -> None:
-        counts = {
-            name: getattr(self, name) for name in ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "max_parallel", "max_array")
-        }
-        _at_least(1, "slurm", **counts)
-        _at_least(0, "slurm", grace=self.grace)
 
 
 @dataclass(frozen=True)
@@ -108,6 +66,7 @@ class Scale:
       precision: of the computation; the state is always float32.
       remat: the activations of a block are computed again in the backward pass.
       environment: variables of each job.
+      slurm: what each job asks of SLURM; null where there is none.
     """
 
     mesh: Mapping[str, int] = field(default_factory=dict)
@@ -115,11 +74,11 @@ class Scale:
     remat: bool = False
     start: Start = Start()
     environment: Mapping[str, str | int | float] = field(default_factory=dict)
-    slurm: Slurm | None = None
+    slurm: slurm.Settings | None = None
     hardware: Hardware = Hardware()
 
 
-PARTS = {"start": Start, "slurm": Slurm, "hardware": Hardware}
+PARTS = {"start": Start, "hardware": Hardware}
 
 
 def read(table: Mapping[str, Any]) -> Scale:
@@ -133,7 +92,8 @@ def read(table: Mapping[str, Any]) -> Scale:
             node.pop(name, None)
         else:
             node[name] = {"_target_": f"twinsim.scale.{part.__name__}", **inner}
-    return build(node, "scale")
+    asked = node.pop("slurm", None)
+    return replace(build(node, "scale"), slurm=None if asked is None else slurm.settings(table))
 
 
 def devices(scale: Scale) -> int | None:

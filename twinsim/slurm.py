@@ -9,6 +9,7 @@ All of it lies in one folder as plain text: a person can read it and run a line 
   N.STATE        where job N stands, one of MARKERS, and what it said last
 """
 
+import difflib
 import hashlib
 import json
 import re
@@ -79,7 +80,9 @@ def settings(scale: Mapping[str, Any]) -> Settings:
         raise BadInput(f"config scale.slurm: expected a table, got {given!r}")
     known = {each.name: each for each in fields(Settings) if each.name != "environment"}
     if unknown := sorted(set(map(str, given)) - set(known)):
-        raise BadInput(f"config scale.slurm.{unknown[0]}: expected one of {', '.join(known)}")
+        close = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise BadInput(f"config scale.slurm.{unknown[0]}: expected one of {', '.join(known)}{hint}")
     values: dict[str, Any] = {name: _checked(name, value, known[name].default) for name, value in given.items() if value is not None}
     return Settings(**values, environment=_environment(scale.get("environment") or {}))
 
