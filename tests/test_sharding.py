@@ -22,7 +22,7 @@ from twinsim.base import Example, Spec
 from twinsim.collectives import KINDS, Collective, collectives, moved
 
 SPEC = Spec((8, 16), 2, 1, 1, (False, True))
-DEPTH, WIDTH = 2, 64
+DEPTH, WIDTH = 1, 64
 NETS = {
     "dit": partial(DiT, patch=4, width=WIDTH, depth=DEPTH, heads=4, embedding=64),
     "unet": partial(UNet, widths=(64, 64), embedding=64, positions=8, attention=True),
@@ -193,7 +193,8 @@ def test_tensor_parallel_block_sums_its_activations_once_a_pair():
     sums = moves["all-reduce"] - found["held"]
     assert 4 * DEPTH * tokens <= sums <= 4 * DEPTH * tokens + modulations + LITTLE  # two pairs a block, forward and backward
     # gathered besides: the gradients of the embedding's second layer and of the biases of queries, keys and values
-    assert found["gathered"] <= moves["all-gather"] <= 2 * found["gathered"]
+    assert found["gathered"] <= moves["all-gather"] <= 2.2 * found["gathered"]  # twice where XLA gathers again
+    assert moves["reduce-scatter"] == found["gathered"]
     assert moves["all-to-all"] == moves["collective-permute"] == 0
 
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -153,10 +154,11 @@ def mean_gradient(gradient: Callable[..., tuple[Any, Any]], shardings: Any, dtyp
     """
     mesh: Mesh = jax.tree.leaves(shardings)[0].mesh
     axes = jax.tree.map(lambda sharding: _axis_along(sharding.spec, "fsdp") if mesh.shape["fsdp"] > 1 else -1, shardings)
+    places = jax.tree.map(lambda sharding, axis: _Place(axis, _only(sharding.spec, "model"), mesh.shape["model"] > 1), shardings, axes)
     devices = _count(mesh, ("data", "fsdp"))
 
     def whole(params: Any) -> Any:
-        return jax.tree.map(lambda leaf, axis: _gather(leaf, axis, jnp.dtype(dtype) if leaf.ndim > 1 else leaf.dtype), params, axes)
+        return jax.tree.map(lambda leaf, place: _gather(leaf, place, jnp.dtype(dtype) if leaf.ndim > 1 else leaf.dtype), params, places)
 
     if mesh.size == 1:
         return lambda params, *rows: gradient(whole, params, *rows)
@@ -194,20 +196,42 @@ def _axis_along(spec: PartitionSpec, name: str) -> int:
     return next((axis for axis, names in enumerate(spec) if name == names), -1)
 
 
+def _only(spec: PartitionSpec, name: str) -> PartitionSpec:
+    """What of `spec` speaks of the mesh axis `name`."""
+    return PartitionSpec(*(name if names == name else None for names in spec))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Along which axis a leaf is split over `fsdp`, -1 for none; its split over `model`, and whether there is such a mesh axis."""
+
+    axis: int
+    model: PartitionSpec
+    several: bool
+
+    def along_fsdp(self, collective: Callable[[jax.Array], jax.Array], leaf: jax.Array) -> jax.Array:
+        """A collective over `fsdp` of each part over `model`: XLA's partitioner alone would first make those parts whole."""
+        if self.several:
+            collective = jax.shard_map(collective, in_specs=self.model, out_specs=self.model, axis_names={"model"}, check_vma=False)
+        return collective(leaf)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(part: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    """The whole of a leaf split over `fsdp` along `axis`, sent in `dtype`; its gradient is summed in the leaf's own type."""
+def _gather(part: jax.Array, place: _Place, dtype: Any) -> jax.Array:
+    """The whole of a leaf that is split over `fsdp`, sent in `dtype`; its gradient is summed in the leaf's own type."""
     part = part.astype(dtype)
-    return part if axis < 0 else lax.all_gather(part, "fsdp", axis=axis, tiled=True)
+    return part if place.axis < 0 else place.along_fsdp(partial(lax.all_gather, axis_name="fsdp", axis=place.axis, tiled=True), part)
 
 
-def _gather_forward(part: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    return _gather(part, axis, dtype), jnp.zeros((), part.dtype)
+def _gather_forward(part: jax.Array, place: _Place, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    return _gather(part, place, dtype), jnp.zeros((), part.dtype)
 
 
-def _gather_backward(axis: int, dtype: Any, like: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+def _gather_backward(place: _Place, dtype: Any, like: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
     grad = grad.astype(like.dtype)
-    return (grad if axis < 0 else lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True),)
+    if place.axis < 0:
+        return (grad,)
+    return (place.along_fsdp(partial(lax.psum_scatter, axis_name="fsdp", scatter_dimension=place.axis, tiled=True), grad),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
