@@ -39,7 +39,7 @@ MOST_OVERHEAD_MS, LEAST_INPUT, MOST_START_S = 2.0, 5.0, 5.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", default=sys.executable, help="a Python that has PyTorch")
-    parser.add_argument("--only", default="dit,unet")
+    parser.add_argument("--only", default="dit,unet,loop")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
@@ -47,7 +47,8 @@ def main() -> int:
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if given.serve:
-        serve(*given.serve)
+        name, argument = given.serve
+        serve_loop(int(argument)) if name == "loop" else serve(name, argument)
         return 0
     os.sched_setaffinity(0, {given.core})
     for name in given.only.split(","):
@@ -182,11 +183,143 @@ def serve(name: str, path: str) -> None:
         print((time.process_time() - begun) / int(count), flush=True)
 
 
+# ---------------------------------------------------------------- around the update
+
+
+def loop(steps: int = 2000) -> dict:
+    """Milliseconds a step costs beside its computation, examples read a second, and processor seconds to the first step of a warm start."""
+    command = [sys.executable, __file__, "--serve", "loop", str(steps)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, env={**os.environ, **ONE_CORE})
+    with tempfile.TemporaryDirectory() as folder:
+        first_step(Path(folder), 0)  # fills the compilation cache, writes the data
+        starts = [first_step(Path(folder), seed) for seed in (1, 2, 3)]
+    return {**json.loads(done.stdout.splitlines()[-1]), "start_s": float(np.median(starts))}
+
+
+def serve_loop(steps: int) -> None:
+    """Trains a model of one number for `steps`, once to compile; prints what a step of it costs, and how fast its data are read alone."""
+    from twinsim import cli
+
+    cli._prepare_process()
+
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from twinsim import data, mesh, train
+    from twinsim.base import Example, Spec
+
+    class Constant(nnx.Module):
+        def __init__(self) -> None:
+            self.value = nnx.Param(jnp.zeros(()))
+
+        def loss(self, example: Example, key: jax.Array) -> jax.Array:
+            return jnp.square(self.value[...] - example.target[0, 0, 0])
+
+    spec = Spec((SIZE, SIZE), CHANNELS, 0, 0, (False, False))
+    with tempfile.TemporaryDirectory() as folder:
+        draw = np.random.default_rng(0)
+        target = draw.normal(size=(1000, SIZE, SIZE, CHANNELS))
+        data.write_examples(Path(folder, "data"), [Example(target, target[..., :0], np.zeros((1000, 0)))], spec, 1000)
+        store, devices = data.ExampleStore(Path(folder, "data")), mesh.make_mesh()
+
+        def fit(count: int, name: str) -> float:
+            settings = train.Settings(steps=count, batch=BATCH, save_every=10 * steps, log_every=10)
+            begun = time.process_time()
+            train.fit(Constant(), store, train.adamw(1e-3, 10 * steps), settings, Path(folder, name), devices, 0)
+            return time.process_time() - begun
+
+        fit(2, "first")
+        short, long = fit(2, "short"), fit(steps + 2, "long")
+        stream = data.batches(store, 0, BATCH, devices)
+        begun = time.process_time()
+        for _ in range(steps):
+            next(stream)
+        read = time.process_time() - begun
+        stream.close()
+    print(json.dumps({"overhead_ms": (long - short) / steps * 1e3, "examples_per_s": steps * BATCH / read}))
+
+
+def first_step(folder: Path, seed: int) -> float:
+    """Processor seconds from the command `twinsim train` to the first line of its log, written after the first step.
+
+    On one core that has nothing else to do they are what a clock shows.
+    """
+    code = "import sys; from twinsim.cli import main; sys.exit(main())"
+    words = ["train", f"out={folder / 'out'}", f"seed={seed}", "train.steps=3", "train.log_every=1", "optimizer.warmup=1"]
+    environment = {**os.environ, **ONE_CORE, "XDG_CACHE_HOME": str(folder / "cache")}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    known = set(folder.rglob("train.jsonl"))
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, env=environment
+    ) as run:
+        while run.poll() is None and not any(path.stat().st_size for path in set(folder.rglob("train.jsonl")) - known):
+            time.sleep(0.02)
+        fields = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()
+        passed = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system, proc(5)
+        message = run.communicate()[1].decode()
+    if run.returncode:
+        sys.exit(f"twinsim {' '.join(words)} ended with {run.returncode}: {message}")
+    return passed
+
+
 # ---------------------------------------------------------------- the table
 
 
 def table(results: dict) -> list[str]:
-    return [json.dumps({k: {w: v.get("ratio") for w, v in r.items() if isinstance(v, dict)} for k, r in results.items()}, indent=1)]
+    """Markdown: seconds of both, their ratio with its range, the target, and whether it is reached."""
+    lines = [
+        "| one processor core | twinsim | PyTorch eager | ratio of turns (range) | target | reached |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    words = {"train": "training step", "denoise": "denoising a batch"}
+    for name in (name for name in SIZES if name in results):
+        measured = results[name]
+        for what, target in TARGETS.items():
+            seconds, peer = measured[what]["cpu_s"], measured[what]["peer"]
+            label = f"{NAMES[name]}, {measured['parameters'] / 1e6:.1f} M parameters, {words[what]}"
+            ours = f"{seconds['twinsim'] * 1e3:.0f} ms"
+            if peer is None:
+                lines.append(f"| {label} | {ours} | skipped | - | >= {target:g} | - |")
+                continue
+            ratio = measured[what]["ratio"]
+            span = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            lines.append(
+                f"| {label} | {ours} | {seconds[peer] * 1e3:.0f} ms | {span} | >= {target:g} | {_yes(ratio['median'] >= target)} |"
+            )
+    if "loop" in results:
+        around = results["loop"]
+        needed = BATCH / min((results[name]["train"]["cpu_s"]["twinsim"] for name in SIZES if name in results), default=float("nan"))
+        times = around["examples_per_s"] / needed
+        for label, value, target, reached in (
+            (
+                "a step beside its computation",
+                f"{around['overhead_ms']:.2f} ms",
+                f"< {MOST_OVERHEAD_MS:g} ms",
+                around["overhead_ms"] < MOST_OVERHEAD_MS,
+            ),
+            ("examples read, times what the fastest step takes in", f"{times:.0f}", f">= {LEAST_INPUT:g}", times >= LEAST_INPUT),
+            (
+                "warm start: from the command to the first step, processor seconds",
+                f"{around['start_s']:.1f} s",
+                f"< {MOST_START_S:g} s",
+                around["start_s"] < MOST_START_S,
+            ),
+        ):
+            lines.append(f"| {label} | {value} | - | - | {target} | {_yes(reached)} |")
+    return lines
+
+
+def _yes(reached: bool) -> str:
+    return "yes" if reached else "**no**"
+
+
+def write_readme(results: dict) -> None:
+    """Replaces what stands between the marker lines."""
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition("<!-- speed -->")
+    _, _, after = rest.partition("<!-- /speed -->")
+    readme.write_text("\n".join([f"{before}<!-- speed -->", "", *table(results), "", f"<!-- /speed -->{after}"]))
 
 
 if __name__ == "__main__":
