@@ -43,7 +43,7 @@ format: $(READY) ## puts the formatting right
 types: $(READY) ## type check
 	$(BIN)/mypy
 
-bench: $(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/[a-z]*.py)) ## every benchmark; bench-climate: one of them
+bench: $(patsubst benchmarks/%.py,bench-%,$(filter-out %_torch.py,$(wildcard benchmarks/[a-z]*.py))) ## every benchmark; bench-climate: one of them
 
 bench-%: benchmarks/%.py $(READY)
 	$(BIN)/python $< $(ARGS)

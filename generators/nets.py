@@ -202,11 +202,13 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: Array, scale: Array | None = None, shift: Array | None = None) -> Array:
-        # Moments a channel first, then a group: one pass over the grid, and one fused multiply-add to apply.
-        grid = tuple(range(x.ndim - 1))
+        # Moments a channel first, then a group, by a product that also hands them back to each channel: a broadcast would be
+        # fused into the pass over the grid, whose inner loop then divides indices and is 5 to 10 times slower on a CPU.
+        grid, width = tuple(range(x.ndim - 1)), x.shape[-1]
         h = x.astype(jnp.float32)
-        moments = jnp.stack([h.mean(grid), jnp.square(h).mean(grid)]).reshape(2, self.groups, -1).mean(-1, keepdims=True)
-        mean, square = jnp.broadcast_to(moments, (2, self.groups, x.shape[-1] // self.groups)).reshape(2, -1)
+        group = np.arange(width) * self.groups // width
+        share = (group[:, None] == group).astype(np.float32) * (self.groups / width)
+        mean, square = jnp.matmul(jnp.stack([h.mean(grid), jnp.square(h).mean(grid)]), share, precision=lax.Precision.HIGHEST)
         a = self.scale[...] * lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + 1e-5)
         b = self.bias[...] - mean * a
         if scale is not None and shift is not None:

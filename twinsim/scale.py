@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from twinsim import slurm
+from twinsim import slurm as slurms
 from twinsim.base import BadInput
 from twinsim.build import build
 
@@ -74,7 +74,7 @@ class Scale:
     remat: bool = False
     start: Start = Start()
     environment: Mapping[str, str | int | float] = field(default_factory=dict)
-    slurm: slurm.Settings | None = None
+    slurm: slurms.Settings | None = None
     hardware: Hardware = Hardware()
 
 
@@ -93,7 +93,7 @@ def read(table: Mapping[str, Any]) -> Scale:
         else:
             node[name] = {"_target_": f"twinsim.scale.{part.__name__}", **inner}
     asked = node.pop("slurm", None)
-    return replace(build(node, "scale"), slurm=None if asked is None else slurm.settings(table))
+    return replace(build(node, "scale"), slurm=None if asked is None else slurms.settings(table))
 
 
 def devices(scale: Scale) -> int | None:
