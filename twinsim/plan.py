@@ -4,7 +4,6 @@ Nothing is trained and nothing is written. What a device holds follows from the 
 activations are counted in the traced gradient of one example. Time and energy rest on assumptions, and say so.
 """
 
-import inspect
 import json
 import math
 import os
@@ -138,15 +137,15 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
     meshes.check_batch(mesh, settings.batch)
     meshes.check_batch(mesh, settings.batch // settings.microbatches)
     spec, examples, samples = _shapes(config, progress)
-    generator = as_scaled(config["generator"], scale)
     with progress("count operations"):
-        module = Module(lambda: build(generator, "generator", spec=spec, rngs=nnx.Rngs(config["seed"])))
+        seed, asked = config["seed"], run.computing(config)
+        module = Module(lambda: build(config["generator"], "generator", spec=spec, rngs=nnx.Rngs(seed), **asked))
         optimizer = build(config["optimizer"], "optimizer", steps=settings.steps)
         state = jax.eval_shape(partial(train.begin, optimizer=optimizer, seed=0, averages=len(settings.ema)), module.params)
         cost = cost_of(module, spec)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = settings.batch // replicas
-    memory = memory_per_device(state, mesh, spec, cost, rows, settings.microbatches, scale.precision)
+    memory = memory_per_device(state, mesh, spec, cost, rows, settings.microbatches, scale.precision, module.rules)
     limit, assumed = _limit(scale, devices)
     measured, told = _measured(config, settings)
     flops = cost.flops * settings.batch
@@ -183,23 +182,6 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
         assumptions=tuple([*assumed, *assumed_time, *assumed_power]),
         notes=tuple([*told.sentences, *_notes(training, scale, settings), *_room(storage, scale, Path(config["out"]))]),
     )
-
-
-def as_scaled(node: Any, scale: scales.Scale) -> Any:
-    """A generator's configuration with the precision and rematerialisation of `scale`, in every part that takes them."""
-    if isinstance(node, list):
-        return [as_scaled(each, scale) for each in node]
-    if not isinstance(node, Mapping):
-        return node
-    scaled = {key: as_scaled(value, scale) for key, value in node.items()}
-    if "_target_" in node:
-        target = resolve(node["_target_"], "generator")
-        takes = inspect.signature(target.__init__ if inspect.isclass(target) else target).parameters  # a module's class hides them
-        if "dtype" in takes and scale.precision != "float32":
-            scaled.setdefault("dtype", scale.precision)
-        if "remat" in takes and scale.remat:
-            scaled["remat"] = True
-    return scaled
 
 
 # ---------------------------------------------------------------- shapes
@@ -263,14 +245,17 @@ class Module:
 
     Attributes:
       params: shapes of its parameters, as `train.split` gives them.
+      rules: how it is split over devices.
     """
 
     def __init__(self, make: Callable[[], nnx.Module]):
-        graphs = []
+        graphs: list[Any] = []
 
         def parts() -> tuple[train.Params, Any]:
-            graph, trained, *fixed = nnx.split(make(), nnx.Param, ...)
+            made = make()
+            graph, trained, *fixed = nnx.split(made, nnx.Param, ...)
             graphs.append(graph)
+            self.rules: meshes.Rules = getattr(made, "rules", meshes.RULES)
             return nnx.to_pure_dict(trained), fixed
 
         self.params, self.fixed = jax.eval_shape(parts)
@@ -304,10 +289,17 @@ def cost_of(module: Module, spec: Spec) -> Cost:
 
 
 def memory_per_device(
-    state: train.TrainState, mesh: Any, spec: Spec, cost: Cost, rows: int, microbatches: int = 1, precision: str = "float32"
+    state: train.TrainState,
+    mesh: Any,
+    spec: Spec,
+    cost: Cost,
+    rows: int,
+    microbatches: int = 1,
+    precision: str = "float32",
+    rules: meshes.Rules = meshes.RULES,
 ) -> Memory:
     """What one device of `mesh` holds of `state`, shapes alone, and of a step with `rows` examples on it."""
-    where = meshes.shard(state, mesh)
+    where = meshes.shard(state, mesh, rules)
     parameters = _held(state.params, where.params)
     computed = jnp.dtype(precision).itemsize
     copied = mesh.shape["fsdp"] > 1 or precision != "float32"
