@@ -438,7 +438,9 @@ def progress(stage: str) -> Iterator[Any]:
 
 
 def _note(note: Sequence[Any]) -> str:
-    return " ".join(f"loss {part:.4f}" if isinstance(part, float) else str(part) for part in note[:1])
+    if len(note) == 2:  # of a training
+        return f"loss {note[0]:.4f}, {note[1]:.0f} examples/s"
+    return " ".join(map(str, note))
 
 
 class _Outcome:

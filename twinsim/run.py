@@ -319,6 +319,7 @@ def training(config: Config, progress: Progress, domain: Domain | None = None) -
                 getattr(trainee, "rules", mesh.RULES),
                 tell,
                 asked.get("precision", "float32"),
+                None if jax.default_backend() == "cpu" else scale.read(config["scale"]).hardware.peak_tflops,
             )
     assemble, _ = train.split(module)
     averages = mesh.copy_here(train.ema_params(state, config["generate"]["ema"]), devices)

@@ -9,7 +9,6 @@ import collections
 import contextlib
 import json
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from twinsim import checkpoint
 from twinsim import mesh as meshes
 from twinsim.base import Array, BadInput, Example
 from twinsim.data import ExampleStore, batches, indices
+from twinsim.log import Progress, TrainingLog
 
 LAG = 3  # steps whose results are still awaited while the next one is sent off
 WIDEST_EMA = 12**-0.5  # the relative width of a plain average over all steps, Karras et al. (2024) eq. 126 at gamma = 0
@@ -193,7 +193,7 @@ def begin(params: Params, optimizer: optax.GradientTransformation, seed: int, av
 
 def make_update(
     loss: Loss, optimizer: optax.GradientTransformation, settings: Settings, shardings: Any, precision: Any = jnp.float32
-) -> Callable[[TrainState, Example], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """The update: `(state, batch) -> (state, {"loss", "grad_norm"})`, jitted; the state that goes in is used up.
 
     The metrics are of the batch before the update; the gradient norm is that before shortening.
@@ -256,8 +256,6 @@ def row_keys(key: Array, step: Array | int, batch: int) -> Array:
 
 # ---------------------------------------------------------------- the loop
 
-Progress = Callable[[int, int, float, float], None]  # step, steps, loss, examples/s
-
 
 def fit(
     module: nnx.Module,
@@ -271,10 +269,11 @@ def fit(
     rules: meshes.Rules = meshes.RULES,
     report: checkpoint.Report = warnings.warn,
     precision: Any = jnp.float32,
+    peak_tflops: float | None = None,
 ) -> TrainState:
     """Trains `module`, a `Generator`, on `store`; called again with the same arguments, goes on from the newest checkpoint.
 
-    Leaves in `folder`: `checkpoints/`, and `train.jsonl` with a line every `log_every` steps.
+    Leaves in `folder`: `checkpoints/`, and what `TrainingLog` writes every `log_every` steps.
 
     Raises:
       Diverged: loss or gradient is not finite; `diverged.json` names the examples and the key that did it.
@@ -290,7 +289,7 @@ def fit(
     first = int(state.step)
     update = make_update(lambda params, example, key: assemble(params).loss(example, key), optimizer, settings, where(state), precision)
     awaited: collections.deque[tuple[int, Metrics]] = collections.deque()
-    log = _Log(folder, first, settings, progress)
+    log = TrainingLog(folder, first, settings.steps, settings.batch, settings.log_every, progress, peak_tflops)
 
     def settle(left: int) -> None:
         """Reads results until only `left` are awaited; raises Diverged."""
@@ -310,7 +309,12 @@ def fit(
     stream = batches(store, seed, settings.batch, mesh, first, settings.ahead)
     with contextlib.closing(stream), contextlib.closing(log), _saves_finished(saved), meshes.preemption() as asked:
         for step in range(first + 1, settings.steps + 1):
-            state, metrics = update(state, next(stream))
+            with log.waiting():
+                batch = next(stream)
+            if step == first + 1:
+                compiled = update.lower(state, batch).compile()
+                log.flops = _flops(compiled, settings)
+            state, metrics = compiled(state, batch)
             awaited.append((step, metrics))
             settle(LAG)
             leave = asked() and step < settings.steps
@@ -322,6 +326,12 @@ def fit(
                     f"asked to leave at step {step} of {settings.steps}; the state is saved, and the same command goes on from it"
                 )
     return state
+
+
+def _flops(update: Any, settings: Settings) -> float | None:
+    """Floating-point operations of a compiled update on one device; None where the compiler does not tell, or counts a loop once."""
+    analysis = update.cost_analysis() or {}
+    return analysis.get("flops") if settings.microbatches == 1 else None
 
 
 @contextlib.contextmanager
@@ -358,40 +368,3 @@ def _dump(folder: Path, step: int, loss: float, norm: float, seed: int, settings
     found = checkpoint.steps(folder / "checkpoints")
     kept = f"the last good state is checkpoint {found[-1]}" if found else "no checkpoint was saved before"
     return f"step {step}: loss {loss}, gradient norm {norm}: expected finite numbers; {kept}; {path} names the batch"
-
-
-class _Log:
-    """The lines of `train.jsonl`, on the first process only, and the progress shown."""
-
-    def __init__(self, folder: Path, first: int, settings: Settings, progress: Progress | None):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "train.jsonl"
-        self.settings, self.progress, self.since, self.at = settings, progress, time.perf_counter(), first
-        self.file = None
-        if meshes.is_first():
-            lines = path.read_text().splitlines() if path.exists() else []
-            path.write_text("".join(f"{line}\n" for line in lines if _logged_step(line) <= first))
-            self.file = path.open("a")
-
-    def __call__(self, step: int, loss: float, norm: float) -> None:
-        if step % self.settings.log_every and step != self.settings.steps:
-            return
-        now = time.perf_counter()
-        rate = (step - self.at) * self.settings.batch / max(now - self.since, 1e-9)
-        self.since, self.at = now, step
-        if self.file:
-            self.file.write(json.dumps({"step": step, "loss": loss, "grad_norm": norm, "examples_per_s": round(rate, 2)}) + "\n")
-            self.file.flush()
-        if self.progress:
-            self.progress(step, self.settings.steps, loss, rate)
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-
-
-def _logged_step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
-        return math.inf
