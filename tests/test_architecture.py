@@ -19,7 +19,6 @@ HOMES = {
     "hydra": ("twinsim/run.py", "twinsim/build.py", "twinsim/cli.py", "domains/climate/speedy.py"),
     "omegaconf": ("twinsim/run.py", "twinsim/build.py", "twinsim/cli.py"),
     "tensorboardX": ("twinsim/log.py",),
-    "tensorboardX": ("twinsim/log.py",),
     "orbax": ("twinsim/checkpoint.py",),
     "optax": ("twinsim/train.py",),
     "jcm": ("domains/climate/speedy.py",),
