@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import toy
 from local_slurm import PATH, restarts, said, start_now, until
 
-from twinsim import cli, slurm
+from twinsim import checkpoint, cli, slurm
 from twinsim.base import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -404,12 +405,12 @@ def test_every_ending_on_two_nodes(two_nodes, tmp_path, monkeypatch):
 
 @pytest.mark.slurm
 def test_a_training_that_is_asked_to_stop_goes_on_where_it_was(capsys, two_nodes, tmp_path, monkeypatch):
-    """Two trainings as one array; one of them is stopped on the way, and both come to their end."""
+    """Two trainings over two nodes as one array; one of them is stopped on the way, and both come to their end."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
     data, path, steps = toy.write_data(tmp_path), toy.write_scenario(tmp_path), 1500
     words = ["train", "-m", *toy.words(data, Path("out")), f"scenario={path}", f"train.steps=4,{steps}", f"train.save_every={steps}"]
-    words += ["hydra/launcher=slurm", '++scale.slurm={time: "00:10:00"}', "++scale.environment={XLA_FLAGS: ''}"]
+    words += ["hydra/launcher=slurm", '++scale.slurm={nodes: 2, time: "00:10:00"}', "++scale.environment={XLA_FLAGS: ''}"]
     assert call(capsys, *words)[0] == 0
     (folder,) = (tmp_path / "out/sweeps").glob("train-*")
     assert "nothing to submit: 2 in the queue" in call(capsys, *words)[1]
@@ -432,3 +433,12 @@ def test_a_training_that_is_asked_to_stop_goes_on_where_it_was(capsys, two_nodes
     code, out, _ = call(capsys, "status")
     assert code == 0 and out.startswith("out/sweeps/") and "2 jobs: 2 done" in out
     assert "nothing to submit: 2 done" in call(capsys, *words)[1]
+
+    alone = ["train", *toy.words(data, Path("alone")), f"scenario={path}", f"train.steps={steps}", f"train.save_every={steps}"]
+    assert processes.end(processes.start(alone, devices=2))[0][0] == 0
+    assert last_state(Path("out"), steps) == last_state(Path("alone"), steps), "the bits that one process with two devices gives"
+
+
+def last_state(out: Path, step: int) -> str:
+    (saved,) = (folder for folder in out.glob("models/*/checkpoints") if checkpoint.steps(folder)[-1] == step)
+    return checkpoint.fingerprint(saved, step)
