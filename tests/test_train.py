@@ -325,6 +325,24 @@ def test_nan_stops_and_names_the_batch(store, tmp_path):
     assert checkpoint.nonfinite(checkpoint.restore_raw(tmp_path / "checkpoints")[1]) == []
 
 
+class Jump(Trap):
+    """Its loss falls by a tenth a step, and is a million from step 17 on."""
+
+    def loss(self, example, key):
+        return jnp.where(self.calls[...] < -1.55, 1e6, 2.0 + self.calls[...])
+
+
+def test_a_loss_that_jumps_stops_before_it_is_saved(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RECENT", 5)
+    module, optimizer = built(lambda: Jump(rngs=nnx.Rngs(0))), optax.sgd(0.1)
+    with pytest.raises(
+        train.Diverged, match="step 17: loss 1000000.*expected a loss of at most 700, as the last 5 tell; .* checkpoint 15"
+    ) as error:
+        fit(store, tmp_path / "stopped", 30, optimizer=optimizer, generator=module, max_grad_norm=float("inf"))
+    assert error.value.exit_code == 3 and checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [5, 10, 15]
+    fit(store, tmp_path / "never", 18, optimizer=optimizer, generator=module, max_grad_norm=float("inf"), max_loss_jump=float("inf"))
+
+
 def test_batch_that_does_not_fit_the_mesh_is_refused(store, tmp_path):
     with pytest.raises(BadInput, match="multiple of data x fsdp = 8, got 4"):
         fit(store, tmp_path, where=mesh(8), microbatches=4)

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import json
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from twinsim.data import ExampleStore, batches, indices
 from twinsim.log import Progress, TrainingLog
 
 LAG = 3  # steps whose results are still awaited while the next one is sent off
+RECENT = 100  # losses that a jump is judged by
 WIDEST_EMA = 12**-0.5  # the relative width of a plain average over all steps, Karras et al. (2024) eq. 126 at gamma = 0
 
 Params = dict[Any, Any]  # nested dicts of arrays
@@ -40,7 +42,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Diverged(RuntimeError):
-    """The loss or its gradient is not finite. The newest checkpoint is the last good state."""
+    """The loss or its gradient is not finite, or the loss has jumped. The newest checkpoint is the last good state."""
 
     exit_code = 3
 
@@ -71,6 +73,7 @@ class Settings:
       steps, batch: updates, and examples in each.
       ema: widths sigma_rel of the power-function averages, as a share of the training so far; in (0, 0.288].
       max_grad_norm: a longer gradient is shortened to this; infinity for never.
+      max_loss_jump: a loss above this many times the median of the last `RECENT` ends the training; infinity for never.
       microbatches: parts of a batch whose gradients are taken one after the other, to save memory; changes nothing else.
       save_every, log_every: steps between checkpoints and between lines of the log.
       keep: newest checkpoints kept.
@@ -81,6 +84,7 @@ class Settings:
     batch: int
     ema: tuple[float, ...] = (0.05, 0.10)
     max_grad_norm: float = 1.0
+    max_loss_jump: float = 1000.0
     microbatches: int = 1
     save_every: int = 1000
     log_every: int = 50
@@ -93,6 +97,8 @@ class Settings:
                 raise BadInput(f"training: {name}: expected at least 1, got {getattr(self, name)}")
         if not self.max_grad_norm > 0:
             raise BadInput(f"training: max_grad_norm: expected a positive number, got {self.max_grad_norm}")
+        if not self.max_loss_jump > 1:
+            raise BadInput(f"training: max_loss_jump: expected a number above 1, got {self.max_loss_jump}")
         if self.batch % self.microbatches:
             raise BadInput(f"training: expected microbatches to divide the batch of {self.batch}, got {self.microbatches}")
         if not self.ema or not all(0 < width < WIDEST_EMA for width in self.ema):
@@ -276,7 +282,7 @@ def fit(
     Leaves in `folder`: `checkpoints/`, and what `TrainingLog` writes every `log_every` steps.
 
     Raises:
-      Diverged: loss or gradient is not finite; `diverged.json` names the examples and the key that did it.
+      Diverged: loss or gradient is not finite, or the loss has jumped; `diverged.json` names the examples and the key that did it.
       Preempted: the machine asked to leave; the state is saved.
       BadInput: the batch does not fit the mesh, the disk is too small, or `folder` holds the checkpoints of another run.
     """
@@ -289,6 +295,7 @@ def fit(
     first = int(state.step)
     update = make_update(lambda params, example, key: assemble(params).loss(example, key), optimizer, settings, where(state), precision)
     awaited: collections.deque[tuple[int, Metrics]] = collections.deque()
+    recent: collections.deque[float] = collections.deque(maxlen=RECENT)
     log = TrainingLog(folder, first, settings.steps, settings.batch, settings.log_every, progress, peak_tflops)
 
     def settle(left: int) -> None:
@@ -296,8 +303,10 @@ def fit(
         while len(awaited) > left:
             step, metrics = awaited.popleft()
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise Diverged(_dump(folder, step, loss, norm, seed, settings, len(store)))
+            most = settings.max_loss_jump * statistics.median(recent) if len(recent) == RECENT else math.inf
+            if not (math.isfinite(loss) and math.isfinite(norm) and loss <= most):
+                raise Diverged(_dump(folder, step, loss, norm, most, seed, settings, len(store)))
+            recent.append(loss)
             log(step, loss, norm)
 
     def save(step: int) -> None:
@@ -356,7 +365,7 @@ def _resume(saved: Path, state: TrainState, settings: Settings, report: checkpoi
     return state
 
 
-def _dump(folder: Path, step: int, loss: float, norm: float, seed: int, settings: Settings, size: int) -> str:
+def _dump(folder: Path, step: int, loss: float, norm: float, most: float, seed: int, settings: Settings, size: int) -> str:
     """Writes down what update `step` was made of; returns the message for the user."""
     rows = indices(seed, step - 1, settings.batch, size)
     key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), step - 1))
@@ -367,4 +376,7 @@ def _dump(folder: Path, step: int, loss: float, norm: float, seed: int, settings
     checkpoint.finish(folder / "checkpoints")
     found = checkpoint.steps(folder / "checkpoints")
     kept = f"the last good state is checkpoint {found[-1]}" if found else "no checkpoint was saved before"
-    return f"step {step}: loss {loss}, gradient norm {norm}: expected finite numbers; {kept}; {path} names the batch"
+    wanted = (
+        "expected finite numbers" if not math.isfinite(loss + norm) else f"expected a loss of at most {most:.4g}, as the last {RECENT} tell"
+    )
+    return f"step {step}: loss {loss}, gradient norm {norm}: {wanted}; {kept}; {path} names the batch"
