@@ -262,6 +262,7 @@ def test_other_seed_in_the_same_folder_is_refused(whole, store):
         train.fit(module(), store, adamw(), settings(20), whole[1], mesh(2, fsdp=2), SEED + 1)
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_agree(store, tmp_path):
     runs = {
         name: fit(store, tmp_path / name, 50, where, save_every=50) for name, where in {"one": mesh(1), "eight": mesh(8, fsdp=4)}.items()
