@@ -30,7 +30,7 @@ case $(.venv/bin/python -c 'import sys; print(sys.version_info[1])') in
     *) pinned=requirements/py312.txt ;; # its hashes cover newer Pythons too
 esac
 echo "installing $pinned into .venv (about 1 GB)"
-if fast && "${UV:-uv}" pip install -q --python .venv/bin/python --require-hashes -r "$pinned"; then
+if fast && "${UV:-uv}" pip install -q --compile-bytecode --python .venv/bin/python --require-hashes -r "$pinned"; then
     "${UV:-uv}" pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 else # also where uv does not know the mirror that pip is set up for
     .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null

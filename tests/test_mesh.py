@@ -100,7 +100,7 @@ def test_several_tasks_that_do_not_meet_are_an_error(monkeypatch):
     environ = {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n[1-4]"}
     given = {}
     monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: given.update(settings))
-    with pytest.raises(RuntimeError, match="SLURM_NTASKS is 4, but JAX sees 1"):
+    with pytest.raises(meshes.Apart, match="SLURM_NTASKS is 4, but JAX sees 1"):
         meshes.start_distributed(20, 10, environ)
     assert (given["initialization_timeout"], given["heartbeat_timeout_seconds"]) == (20, 10)
 
@@ -108,7 +108,7 @@ def test_several_tasks_that_do_not_meet_are_an_error(monkeypatch):
         raise RuntimeError("deadline exceeded")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    with pytest.raises(RuntimeError, match="4 tasks of SLURM job 7 did not find each other: deadline"):
+    with pytest.raises(meshes.Apart, match="4 tasks of SLURM job 7 did not find each other: deadline"):
         meshes.start_distributed(environ=environ)
 
 

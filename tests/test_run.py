@@ -360,7 +360,7 @@ def test_a_whole_folder_appears_at_its_end_only(tmp_path):
         ("generate.tile=0", "generate: expected tile"),
         ("optimizer.learning_rate=-1", "optimizer: expected learning_rate > 0"),
         ("scale.mesh.model=3", "mesh"),
-        ("scale.precision=float16", "config scale.precision: expected float32 or bfloat16, got .float16."),
+        ("scale.precision=float16", "config scale.precision: expected one of float32, bfloat16, got .float16."),
         ("scale.remat=1", "config scale.remat: expected true or false, got 1"),
         ("domain._target_=os.system", "which may not be built"),
         ("generator.net._target_=builtins.exec", "which may not be built"),

@@ -382,7 +382,7 @@ def _prepare_process() -> None:
     """Settings that have to stand before JAX starts."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "twinsim" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     _keep_memory()
 

@@ -48,6 +48,12 @@ class Preempted(RuntimeError):
     exit_code = 75
 
 
+class Apart(RuntimeError):
+    """The processes of a job did not find each other."""
+
+    exit_code = 2
+
+
 class Elsewhere(RuntimeError):
     """The first process of this run has ended, and has said why."""
 
@@ -278,7 +284,7 @@ def start_distributed(initialization_timeout: int = 60, heartbeat_timeout: int =
 
     Raises:
       BadInput: there are several tasks, but this process was not started as one of them.
-      RuntimeError: the processes did not find each other.
+      Apart: the processes did not find each other.
     """
     tasks = environ.get("SLURM_NTASKS", "1")
     if not tasks.isdecimal():
@@ -295,9 +301,9 @@ def start_distributed(initialization_timeout: int = 60, heartbeat_timeout: int =
                 initialization_timeout=initialization_timeout, heartbeat_timeout_seconds=heartbeat_timeout, cluster_detection_method="slurm"
             )
         except (RuntimeError, ValueError) as error:
-            raise RuntimeError(f"the {tasks} tasks of SLURM job {environ['SLURM_JOB_ID']} did not find each other: {error}") from error
+            raise Apart(f"the {tasks} tasks of SLURM job {environ['SLURM_JOB_ID']} did not find each other: {error}") from error
     if jax.process_count() != int(tasks):
-        raise RuntimeError(f"SLURM_NTASKS is {tasks}, but JAX sees {jax.process_count()} processes")
+        raise Apart(f"SLURM_NTASKS is {tasks}, but JAX sees {jax.process_count()} processes")
 
 
 def processes() -> int:

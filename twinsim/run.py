@@ -297,10 +297,8 @@ def training(config: Config, progress: Progress, domain: Domain | None = None) -
     where = places(config)
     devices = mesh.make_mesh(config["scale"]["mesh"])
     settings = training_settings(config)
-    module = build(config["generator"], "generator", spec=prepared.store.spec, rngs=nnx.Rngs(config["seed"]))
-    trainee, asked = module, computing(config)
-    if asked:  # for training alone: what is drawn does not depend on the scale
-        trainee = build(config["generator"], "generator", spec=prepared.store.spec, rngs=nnx.Rngs(config["seed"]), **asked)
+    module, asked = _generator(config, prepared.store), computing(config)
+    trainee = _generator(config, prepared.store, **asked) if asked else module  # what is drawn does not depend on the scale
     with files.alone(where.model, tell):
         with mesh.first_leads():
             if mesh.is_first():
@@ -325,6 +323,10 @@ def training(config: Config, progress: Progress, domain: Domain | None = None) -
     averages = mesh.copy_here(train.ema_params(state, config["generate"]["ema"]), devices)
     print_of = checkpoint.fingerprint(where.model / "checkpoints", int(state.step))
     return Trained(prepared.domain, prepared.statistics, assemble, averages, mesh.local_mesh(), print_of, prepared.store)
+
+
+def _generator(config: Config, store: ExampleStore, **asked: Any) -> nnx.Module:
+    return train.made(lambda rngs: build(config["generator"], "generator", spec=store.spec, rngs=rngs, **asked), config["seed"])
 
 
 # ---------------------------------------------------------------- draw and evaluate

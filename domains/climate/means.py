@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from domains.climate.grid import array_module, matmul
 from twinsim.base import Array, BadInput, Statistics
@@ -159,7 +159,7 @@ def fit_scores(values: np.ndarray) -> Statistics:
     long tail, such as rain, Gaussian in each cell.
     """
     nodes = np.arange(SCORE_ENDS[0], SCORE_ENDS[1] + SCORE_STEP / 2, SCORE_STEP)
-    return {"quantiles": np.quantile(values, norm.cdf(nodes), axis=0).astype(np.float32)}
+    return {"quantiles": np.quantile(values, ndtr(nodes), axis=0).astype(np.float32)}
 
 
 def to_scores(stat: Statistics, values: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -167,8 +167,8 @@ def to_scores(stat: Statistics, values: np.ndarray, seed: int = 0) -> np.ndarray
     table = stat["quantiles"]
     out = np.empty(values.shape, np.float32)
     random = np.random.default_rng(seed).random(values.shape, np.float32)
-    low, high = norm.cdf(SCORE_ENDS)
-    share = norm.cdf(np.arange(len(table)) * SCORE_STEP + SCORE_ENDS[0])
+    low, high = ndtr(SCORE_ENDS)
+    share = ndtr(np.arange(len(table)) * SCORE_STEP + SCORE_ENDS[0])
     for i in np.ndindex(values.shape[1:]):
         column, at = values[(slice(None), *i)], table[(slice(None), *i)]
         left = np.interp(column, at, share)  # of equal nodes, numpy takes the last
@@ -176,7 +176,7 @@ def to_scores(stat: Statistics, values: np.ndarray, seed: int = 0) -> np.ndarray
         if tied.any():
             last = share[np.searchsorted(at, at[0], side="right") - 1]
             left = np.where(tied, random[(slice(None), *i)] * last, left)
-        out[(slice(None), *i)] = norm.ppf(np.clip(left, low / 4, 1 - (1 - high) / 4))
+        out[(slice(None), *i)] = ndtri(np.clip(left, low / 4, 1 - (1 - high) / 4))
     return out
 
 
