@@ -131,7 +131,7 @@ class Facts:
       command: what to type to do it again.
       config: path of the resolved config within the run's folder.
       started, ended: ISO 8601, with their offset from UTC.
-      checkpoint: the fingerprint of the trained model, empty where none was used.
+      checkpoint: the fingerprints of the trained parameters and of the statistics, empty where none was used.
       licence: of the output; an SPDX name, a URL or a sentence.
       agent: who ran it, empty for nobody named.
       code: of `git_state`; environment: of `environment`.
@@ -224,7 +224,12 @@ def _crate(facts: Facts, present: Mapping[str, Entry], listed: Mapping[str, Entr
         _value("#config-hash", "config hash", facts.config_hash),
     ]
     if facts.checkpoint:
-        values.append({**_value("#checkpoint", "checkpoint", facts.checkpoint), "description": "Fingerprint of the trained model."})
+        values.append(
+            {
+                **_value("#checkpoint", "checkpoint", facts.checkpoint),
+                "description": "Fingerprints of the trained parameters and of the statistics.",
+            }
+        )
     machine = [
         _value(f"#environment/{name}", name, ", ".join(value) if isinstance(value, list) else value)
         for name, value in facts.environment.items()

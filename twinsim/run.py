@@ -321,7 +321,8 @@ def training(config: Config, progress: Progress, domain: Domain | None = None) -
             )
     assemble, _ = train.split(module)
     averages = mesh.copy_here(train.ema_params(state, config["generate"]["ema"]), devices)
-    print_of = checkpoint.fingerprint(where.model / "checkpoints", int(state.step))
+    of_parameters = checkpoint.fingerprint(where.model / "checkpoints", int(state.step))
+    print_of = f"{of_parameters}-{checkpoint.fingerprint(where.statistics, 0)}"  # what is drawn depends on both
     return Trained(prepared.domain, prepared.statistics, assemble, averages, mesh.local_mesh(), print_of, prepared.store)
 
 
