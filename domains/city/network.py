@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import breadth_first_order, connected_components
 from twinsim.base import BadInput
 
 BPR_ALPHA, BPR_BETA = 0.15, 4.0
-UNBOUNDED_SPEED = 1e9  # m/s, of a link that a file gives no travel time: finite, so that length / speed stays a number
+UNBOUNDED_SPEED = 1e12  # m/s, of a link that a file gives no travel time: finite, so that length / speed stays a number
 
 _PER_LINK = ("start", "end", "length", "free_speed", "capacity", "lanes", "alpha", "beta", "link_id", "name", "kind")
 
@@ -148,7 +148,7 @@ def build(*, start: np.ndarray, end: np.ndarray, length: np.ndarray | float, **g
     parts["node_id"] = np.asarray(parts["node_id"], dtype=str)
     if parts.get("turn_bans") is not None:
         parts["turn_bans"] = np.asarray(parts["turn_bans"], np.int64).reshape(-1, 2)
-    ends = {"start": np.asarray(start, np.int64), "end": np.asarray(end, np.int64), "zone": np.asarray(zone, np.int64)}
+    ends: dict[str, Any] = {"start": np.asarray(start, np.int64), "end": np.asarray(end, np.int64), "zone": np.asarray(zone, np.int64)}
     return Network(length=_full(length, links), lanes=lanes, **ends, **parts)
 
 
