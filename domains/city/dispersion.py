@@ -1,0 +1,281 @@
+"""Concentrations that the traffic of straight road links causes: the R-LINE line-source model, and NO2 by photostationary chemistry.
+
+A link is a row of point sources. Each sends a plume downwind and, as the wind meanders, a share of its matter in all directions:
+    C = q * integral over the link of (1 - f) Cp + f Cm,   f = 2 sigma_v^2 / Ue^2
+Sources: Snyder et al. (2013), Atmos. Environ. 77, 748 (model, meander, effective wind); Venkatram et al. (2013), Atmos. Environ. 77, 846
+(spread); what they leave open (least sigma_v, least distance, cap by the mixing height, the profile made to meet the measured wind)
+as EPA R-LINE v1.2 has it, whose own output the formulas are held against in tests and benchmarks. Clear of buildings only: no canyon.
+
+Distances m, time s, angles degrees from north. Numbers are float32 and relative to the middle of the map.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import erf
+
+from twinsim.base import Array, BadInput
+
+KARMAN = 0.4
+GRAVITY = 9.80665  # m s-2
+AIR_HEAT = 1.2 * 1005.0  # density times heat capacity of air, J m-3 K-1
+LEAST_SIGMA_V = 0.2  # m/s: R-LINE v1.2; it carries light wind and very stable air, where 1.9 u* is far less
+LEAST_DISTANCE = 1.0  # m: R-LINE v1.2; nearer than this to a source is on the road
+FARTHEST = 1e5  # m
+DISPLACEMENT = 5.0  # zero-plane displacement over roughness length
+SURE_PROFILE = 3.0  # roughness lengths above the displacement where the logarithmic profile begins to hold
+TABLE = 768  # distances at which plume and meander are known for an hour, evenly in their logarithm
+NODES = 32  # points of Gauss-Legendre quadrature on the angle under which a receptor sees a link
+TURBULENT_SPREAD = np.sqrt(2 / np.pi)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weather:
+    """The surface layer, one entry an hour, `[hour]` (or without axis: one hour).
+
+    Attributes:
+      wind_speed: at `reference_height`, m/s; wind_direction: where it comes from, degrees from north.
+      friction_velocity: u*, m/s.
+      obukhov_length: L, m; positive is stable.
+      convective_velocity: w*, m/s; give 0 in stable air. It is used as given, as R-LINE does: the stable hours of its evaluation
+        files carry the place holder 1 m/s, which alone lowers their concentrations; with 0 they are 3-46 % higher.
+      mixing_height: m.
+      roughness: z0, m: 0.05 grass, 0.3-1.5 city (Grimmond & Oke 1999).
+      reference_height: of the wind, m.
+    """
+
+    wind_speed: Array
+    wind_direction: Array
+    friction_velocity: Array
+    obukhov_length: Array
+    convective_velocity: Array
+    mixing_height: Array
+    roughness: Array
+    reference_height: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Heights:
+    """How high links and receptors are, all alike.
+
+    Attributes:
+      source, receptor: m above ground.
+      initial_sigma_z: depth of the mixing behind vehicles, m: 1.7 vehicle heights / 2.15 (EPA guidance).
+    """
+
+    source: Array | float = 0.5
+    receptor: Array | float = 1.5
+    initial_sigma_z: Array | float = 1.7 * 1.53 / 2.15
+
+
+def surface_layer(
+    wind_speed: Array, wind_direction: Array, heat_flux: Array, mixing_height: Array, roughness: Array, reference_height: Array,
+    temperature: float = 288.0,
+) -> Weather:  # fmt: skip
+    """Weather from what a station measures, `[hour]`: friction velocity and Obukhov length that go with a wind and a heat flux.
+
+    Unstable: u* = k U / (ln(z/z0) - psi(z/L) + psi(z0/L)), L = -rho cp T u*^3 / (k g H), iterated. Stable: the balance of neutral
+    drag and stratification has a root only above a critical wind; below it u* falls in proportion (Cimorelli et al. 2005, eq. 9-14).
+
+    Args:
+      heat_flux: sensible, upwards, W/m2: 100-300 on a sunny day, -5 to -50 at night.
+    """
+    like = jnp.broadcast_arrays(*(jnp.asarray(x, jnp.float32) for x in
+                                  (wind_speed, wind_direction, heat_flux, mixing_height, roughness, reference_height)))  # fmt: skip
+    U, direction, H, zi, z0, z = like
+    U = jnp.maximum(U, 0.3)  # calms: a cup anemometer starts there
+    drag = KARMAN / jnp.log(jnp.maximum(z - DISPLACEMENT * z0, SURE_PROFILE * z0) / z0)
+    up = jnp.maximum(H, 0.0) / AIR_HEAT
+    unstable = drag * U
+    L = jnp.full_like(U, -1e4)
+    for _ in range(12):
+        L = -temperature * unstable**3 / (KARMAN * GRAVITY * jnp.maximum(up, 1e-5))
+        L = jnp.minimum(L, -1.0)
+        unstable = KARMAN * U / _profile(jnp.maximum(z - DISPLACEMENT * z0, SURE_PROFILE * z0), z0, L)
+    # theta* = -H / (rho cp u*), at most 0.08 K as observed (van Ulden & Holtslag 1985)
+    neutral = drag * U
+    theta = jnp.clip(jnp.maximum(-H, 0.0) / AIR_HEAT / neutral, 1e-4, 0.08)
+    u0 = jnp.sqrt(5.0 * z * GRAVITY * theta / temperature)
+    critical = 2 * u0 / jnp.sqrt(drag)
+    above = jnp.maximum(U, critical)
+    root = 0.5 * drag * above * (1 + jnp.sqrt(jnp.maximum(1 - (critical / above) ** 2, 1e-12)))
+    stable = root * U / above
+    theta = theta * U / above
+    L_stable = temperature * stable**2 / (KARMAN * GRAVITY * theta)
+    rising = H > 0
+    return Weather(
+        wind_speed=U,
+        wind_direction=direction,
+        friction_velocity=jnp.where(rising, unstable, stable),
+        obukhov_length=jnp.where(rising, L, jnp.maximum(L_stable, 1.0)),
+        convective_velocity=jnp.cbrt(GRAVITY / temperature * up * zi),
+        mixing_height=zi,
+        roughness=z0,
+        reference_height=z,
+    )
+
+
+def sigma_v(weather: Weather) -> jax.Array:
+    """Standard deviation of the crosswind, m/s: sqrt((0.6 w*)^2 + (1.9 u*)^2), at least 0.2."""
+    w = jnp.maximum(weather.convective_velocity, 0.0)
+    return jnp.maximum(jnp.sqrt((0.6 * w) ** 2 + (1.9 * weather.friction_velocity) ** 2), LEAST_SIGMA_V)
+
+
+def wind(height: Array, weather: Weather) -> jax.Array:
+    """Mean wind at a height above ground, m/s, of one hour: the Monin-Obukhov profile that passes through the measured wind.
+
+    Within the displacement height it is sqrt(2) sigma_v of the profile, as in R-LINE v1.2; between there and where the logarithm
+    holds, linear, where R-LINE would follow the logarithm to minus infinity.
+    """
+    return _similarity_wind(height, weather) * weather.wind_speed / _similarity_wind(weather.reference_height, weather)
+
+
+def spread(distance: Array, weather: Weather, heights: Heights) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Crosswind and vertical spread of a point's plume, m, and the wind that carries it, m/s; of one hour, for any distances >= 0.
+
+    The wind is that at the plume's mean height, which grows with the spread, which falls with the wind: solved by iteration.
+    """
+    x = jnp.maximum(jnp.asarray(distance), LEAST_DISTANCE)
+    L, u_star, zs, sv = jnp.abs(weather.obukhov_length), weather.friction_velocity, heights.source, sigma_v(weather)
+    stable = weather.obukhov_length > 0
+
+    def sigma_z(U: jax.Array) -> jax.Array:
+        k = u_star / U
+        grown = 0.57 * k * x * jnp.where(stable, 1 / (1 + 3 * k * jnp.cbrt(x / L) ** 2), 1 + 1.5 * k * x / L)
+        return jnp.minimum(jnp.sqrt(grown**2 + heights.initial_sigma_z**2), TURBULENT_SPREAD * weather.mixing_height)
+
+    def effective(U: jax.Array) -> jax.Array:
+        sz = sigma_z(U)
+        mean_height = TURBULENT_SPREAD * sz * jnp.exp(-0.5 * (zs / sz) ** 2) + zs * erf(zs / (np.sqrt(2) * sz))
+        return jnp.sqrt(2 * sv**2 + wind(jnp.maximum(mean_height, zs), weather) ** 2)
+
+    U = jnp.full_like(x, 1.0) * jnp.sqrt(2 * sv**2 + wind(zs, weather) ** 2)
+    for _ in range(10):
+        U = effective(U)
+    sz = sigma_z(U)
+    grown = jnp.sqrt(jnp.maximum(sz**2 - heights.initial_sigma_z**2, 1e-12))
+    sy = 1.6 * sv / u_star * grown * jnp.where(stable, 1 + 2.5 * grown / L, 1 / jnp.sqrt(1 + grown / L))
+    return sy, sz, U
+
+
+def _similarity_wind(height: Array, weather: Weather) -> jax.Array:
+    z0, L = weather.roughness, weather.obukhov_length
+    above = (height - DISPLACEMENT * z0) / z0
+    held = jnp.maximum(above, SURE_PROFILE)
+    profile = weather.friction_velocity / KARMAN * _profile(held * z0, z0, L)
+    canopy = np.sqrt(2) * sigma_v(weather)
+    share = jnp.clip(above / SURE_PROFILE, 0.0, 1.0)
+    return canopy + share * (profile - canopy)
+
+
+def _profile(z: Array, z0: Array, L: Array) -> jax.Array:
+    """ln(z/z0) - psi(z/L) + psi(z0/L): Businger's psi in unstable, van Ulden & Holtslag's (1985) in stable air."""
+    return jnp.log(z / z0) - _psi(z, L) + _psi(z0, L)
+
+
+def _psi(z: Array, L: Array) -> jax.Array:
+    size = jnp.abs(L)
+    x = jnp.sqrt(jnp.sqrt(1 + 16 * z / size))
+    unstable = 2 * jnp.log((1 + x) / 2) + jnp.log((1 + x**2) / 2) - 2 * jnp.arctan(x) + np.pi / 2
+    return jnp.where(L > 0, -17 * (1 - jnp.exp(-0.29 * z / size)), unstable)
+
+
+# An hour's plume and meander depend on distance alone: a table of them spares the iteration for every point of every link.
+
+
+def _curves(weather: Weather, heights: Heights) -> jax.Array:
+    """ln plume axis `(1-f) V / (sqrt(2 pi) sy Ue)`, ln meander `V / (2 pi r Ue)`, f, and 1/sy by distance, `[TABLE, 4]`, of one hour."""
+    x = jnp.exp(jnp.linspace(np.log(LEAST_DISTANCE), np.log(FARTHEST), TABLE))
+    sy, sz, U = spread(x, weather, heights)
+    near, far = (-0.5 * ((heights.source + sign * heights.receptor) / sz) ** 2 for sign in (-1, 1))
+    vertical = jnp.logaddexp(near, far) - jnp.log(np.sqrt(2 * np.pi) * sz * U)
+    f = 2 * sigma_v(weather) ** 2 / U**2
+    plume = vertical + jnp.log1p(-jnp.minimum(f, 1 - 1e-6)) - jnp.log(np.sqrt(2 * np.pi) * sy)
+    return jnp.stack([plume, vertical - jnp.log(2 * np.pi * x), f, 1 / sy], -1)
+
+
+def _look_up(curves: jax.Array, distance: jax.Array) -> tuple[jax.Array, ...]:
+    at = jnp.log(jnp.clip(distance, LEAST_DISTANCE, FARTHEST)) * ((TABLE - 1) / np.log(FARTHEST / LEAST_DISTANCE))
+    lower = jnp.clip(at.astype(jnp.int32), 0, TABLE - 2)
+    share = (at - lower.astype(at.dtype))[..., None]
+    left, right = curves[lower], curves[lower + 1]
+    found = left + share * (right - left)
+    return tuple(found[..., i] for i in range(curves.shape[-1]))
+
+
+def _unit_link(curves: jax.Array, along: jax.Array, start: jax.Array, end: jax.Array, receptor: jax.Array, nodes: int) -> jax.Array:
+    """Concentration at one receptor from one link that emits 1 g/(m s), s/m^2.
+
+    Integrated over the angle under which the receptor sees the link: there a plume is a bell of nearly constant width, near or far.
+    """
+    t, w = end - start, receptor - start
+    length = jnp.maximum(jnp.sqrt(jnp.sum(t**2)), 1e-3)
+    t = t / length
+    foot = jnp.sum(w * t)
+    h = jnp.sqrt((w[0] * t[1] - w[1] * t[0]) ** 2 + LEAST_DISTANCE**2)
+    first, last = jnp.arctan(-foot / h), jnp.arctan((length - foot) / h)
+    points, weights = np.polynomial.legendre.leggauss(nodes)
+    tangent = jnp.tan((first + last) / 2 + (last - first) / 2 * points.astype(np.float32))
+    stretch = h * (1 + tangent**2) * (last - first) / 2 * weights.astype(np.float32)
+    s = foot + h * tangent
+    dx, dy = w[0] - s * t[0], w[1] - s * t[1]
+    X, Y = dx * along[0] + dy * along[1], dy * along[0] - dx * along[1]
+    plume, _, f, narrow = _look_up(curves, jnp.abs(X))
+    _, meander, _, _ = _look_up(curves, jnp.sqrt(dx**2 + dy**2))
+    direct = jnp.where(X > 0, jnp.exp(plume - 0.5 * (Y * narrow) ** 2), 0.0)
+    return jnp.sum((direct + f * jnp.exp(meander)) * stretch)
+
+
+def concentration(
+    start: np.ndarray, end: np.ndarray, receptors: np.ndarray, emission: Array, weather: Weather, heights: Heights | None = None,
+    nodes: int = NODES, at_once: int = 1 << 20,
+) -> jax.Array:  # fmt: skip
+    """What the links add to the air at every receptor and hour, g/m3, `[hour, ..., receptor]`; linear in the emission.
+
+    Args:
+      start, end: of the links, m, `[link, 2]`; receptors: m, `[receptor, 2]`. Projected, x east and y north; host arrays.
+      emission: g/(m s), `[hour, ..., link]`, pollutants or scenarios in the middle: they share the work.
+      weather: `[hour]`.
+      nodes: of quadrature a link. at_once: how many of them to hold in memory at a time, over all links and a share of the receptors.
+    """
+    heights = heights or Heights()
+    start, end, receptors = (np.asarray(x, np.float64) for x in (start, end, receptors))
+    for name, x in (("start", start), ("end", end), ("receptors", receptors)):
+        if x.ndim != 2 or x.shape[1] != 2 or not np.isfinite(x).all():
+            raise BadInput(f"dispersion: {name}: expected finite [n, 2] metres, got shape {x.shape}")
+    links, hours = len(start), len(np.shape(weather.wind_speed)) and np.shape(weather.wind_speed)[0]
+    if len(end) != links or np.shape(emission)[:1] != (hours,) or np.shape(emission)[-1:] != (links,):
+        raise BadInput(f"dispersion: expected emission [hour {hours}, ..., link {links}] and as many ends, got {np.shape(emission)}")
+    middle = receptors.mean(0) if len(receptors) else np.zeros(2)
+    near = [(x - middle).astype(np.float32) for x in (start, end, receptors)]
+    chunk = int(np.clip(at_once // (nodes * links), 1, len(receptors)))
+    return _concentration(*near, jnp.asarray(emission, jnp.float32), weather, heights, nodes, chunk)
+
+
+@partial(jax.jit, static_argnames=("nodes", "chunk"))
+def _concentration(start, end, receptors, emission, weather, heights, nodes, chunk):
+    pieces = -(-len(receptors) // chunk)
+    padded = jnp.pad(receptors, ((0, pieces * chunk - len(receptors)), (0, 0)), mode="edge").reshape(pieces, chunk, 2)
+
+    def an_hour(hour):
+        weather, q = hour
+        curves = _curves(weather, heights)
+        towards = jnp.deg2rad(270.0 - weather.wind_direction)
+        along = jnp.stack([jnp.cos(towards), jnp.sin(towards)])
+        over_links = jax.vmap(lambda a, b, r: _unit_link(curves, along, a, b, r, nodes), (0, 0, None))
+
+        @jax.checkpoint  # the unit concentrations of all pairs would not fit
+        def piece(some):
+            unit = jax.vmap(over_links, (None, None, 0))(start, end, some)  # [receptor, link]
+            return jnp.einsum("...l,rl->...r", q, unit, precision="highest")
+
+        found = jax.lax.map(piece, padded)  # [piece, ..., receptor]
+        return jnp.moveaxis(found, 0, -2).reshape(*q.shape[:-1], pieces * chunk)[..., : len(receptors)]
+
+    return jax.lax.map(an_hour, (weather, emission))
