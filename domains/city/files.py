@@ -1,11 +1,12 @@
 """Files from outside, opened with care: never more than a stated size, no XML that defines entities, one sentence where it fails."""
 
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 from xml.parsers import expat
 
 from twinsim.base import BadInput
@@ -16,7 +17,7 @@ MAX_LINKS = 3_000_000  # a state; what comes after needs about 1 kB a link
 Start = Callable[[str, Mapping[str, str]], None]
 
 
-def opened(path: str | os.PathLike) -> IO[bytes]:
+def opened(path: str | os.PathLike) -> io.BufferedIOBase:
     """The bytes of a file, unpacked where its name ends in .gz. Raises BadInput where there is none or it is too large."""
     path = Path(path)
     if not path.is_file():
@@ -81,7 +82,7 @@ def at_most(links: int, path: str | os.PathLike) -> None:
         raise BadInput(f"{path}: expected at most {MAX_LINKS:,} links, got {links:,} or more; cut out a region or drop minor roads first")
 
 
-def _readable(path: str | os.PathLike, file: IO[bytes], size: int) -> bytes:
+def _readable(path: str | os.PathLike, file: io.BufferedIOBase, size: int) -> bytes:
     try:
         return file.read(size)
     except (EOFError, OSError, zlib.error) as error:
