@@ -13,7 +13,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from domains.city.network import BPR_ALPHA, BPR_BETA, Network, select, turns
+from domains.city.network import BPR_ALPHA, BPR_BETA, Network, reached, select, turns
 from domains.city.projection import to_degrees
 from twinsim.base import BadInput
 
@@ -23,7 +23,8 @@ GATES = ("motorway", "motorway_link", "trunk", "trunk_link", "primary", "primary
 
 def prepare(network: Network, zones: int, *, shortest: float = SHORTEST, seed: int = 0) -> Network:
     """A map without zones made ready: a zone at each road out of it, simplified, and `zones` districts within. Raises BadInput."""
-    return add_zones(simplify(add_gates(network), shortest=shortest), zones, seed=seed)
+    gated = drop_lost_zones(simplify(add_gates(network), shortest=shortest))
+    return drop_lost_zones(add_zones(simplify(gated, shortest=shortest), zones, seed=seed))
 
 
 def simplify(network: Network, *, shortest: float = SHORTEST) -> Network:
@@ -182,6 +183,19 @@ def add_gates(network: Network, *, within: float = 300.0, kinds: tuple[str, ...]
     return _with_centroids(network, middle, (fringe[leaves], gate[leaves]), (fringe[enters], gate[enters]), "gate")
 
 
+def drop_lost_zones(network: Network) -> Network:
+    """The network with zones that all reach each other: those that most others cannot reach, or that reach fewest, go first."""
+    lost = ~reached(network)
+    keep = np.ones(network.zones, bool)
+    while lost[np.ix_(keep, keep)].any():
+        misses = (lost & keep & keep[:, None]).sum(axis=0) + (lost & keep & keep[:, None]).sum(axis=1)
+        keep[misses.argmax()] = False
+    if keep.all():
+        return network
+    gone = np.isin(np.arange(network.nodes), network.zone[~keep])
+    return without_lone_nodes(select(network, ~gone[network.start] & ~gone[network.end]))
+
+
 def add_zones(network: Network, zones: int, *, seed: int = 0, connectors: int = 3) -> Network:
     """The network with `zones` more, districts laid over its junctions: a centroid in each, tied to its nearest junctions.
 
@@ -209,16 +223,12 @@ def without_lone_nodes(network: Network) -> Network:
     used[network.start] = used[network.end] = True
     new = np.cumsum(used) - 1
     kept = used[network.zone]
-    per_node: dict[str, Any] = {key: getattr(network, key) for key in ("x", "y", "lon", "lat", "node_id")}
-    per_zone: dict[str, Any] = {key: getattr(network, key) for key in ("population", "jobs")}
-    return dataclasses.replace(
-        network,
-        start=new[network.start],
-        end=new[network.end],
-        zone=new[network.zone[kept]],
-        **{key: None if value is None else value[used] for key, value in per_node.items()},
-        **{key: None if value is None else value[kept] for key, value in per_zone.items()},
-    )
+    changed: dict[str, Any] = {key: getattr(network, key) for key in ("x", "y", "lon", "lat", "node_id", "population", "jobs")}
+    for key, value in changed.items():
+        if value is not None:
+            changed[key] = value[kept] if key in ("population", "jobs") else value[used]
+    ends = {"start": new[network.start], "end": new[network.end], "zone": new[network.zone[kept]]}
+    return dataclasses.replace(network, **changed | ends)
 
 
 def _needs_map(network: Network, what: str) -> None:
@@ -333,12 +343,12 @@ def _bans_through(network: Network, group: np.ndarray, inner: np.ndarray) -> np.
     for link in np.flatnonzero(~inner & wide[network.start]).tolist():
         outs[int(group[network.start[link]])].append(link)
     for link in np.flatnonzero(~inner & wide[network.end]).tolist():
-        reached, queue = set(), [link]
+        found, queue = set(), [link]
         while queue:
             for b in after[queue.pop()]:
-                if b not in reached:
-                    reached.add(b)
+                if b not in found:
+                    found.add(b)
                     if inner[b]:
                         queue.append(b)
-        kept += [(link, b) for b in outs[int(group[network.end[link]])] if b not in reached]
+        kept += [(link, b) for b in outs[int(group[network.end[link]])] if b not in found]
     return np.array(kept, np.int64).reshape(-1, 2) if kept else None
