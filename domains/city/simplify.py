@@ -91,13 +91,13 @@ def merge_chains(network: Network) -> Network:
     has_before[follower[follower >= 0]] = True
     chains: list[list[int]] = []
     chained = np.zeros(links, bool)
-    for first in np.flatnonzero(~has_before):
-        chains.append(_chain(follower, int(first), network))
-        chained[[k for k in chains[-1]]] = True
+    for first in np.flatnonzero(~has_before).tolist():
+        chains.append(_chain(follower, first, network))
+        chained[chains[-1]] = True
     for first in range(links):  # a ring road without a junction has no first link; and what a chain left over starts anew
         if not chained[first]:
             chains.append(_chain(follower, first, network, chained))
-            chained[[k for k in chains[-1]]] = True
+            chained[chains[-1]] = True
     return _merged(network, chains)
 
 
@@ -125,6 +125,8 @@ def merge_short(network: Network, shortest: float = SHORTEST) -> Network:
         members[a] = both
         del members[b]
     inner = (group[network.start] == group[network.end]) & (network.start != network.end)
+    if not inner.any():
+        return network
     outer = ~inner
     lane_metres = np.bincount(group[network.start[inner]], (network.length * network.lanes)[inner], minlength=network.nodes)
     attached = np.bincount(group[network.start[outer]], network.lanes[outer], minlength=network.nodes)
