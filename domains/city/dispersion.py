@@ -28,7 +28,9 @@ FARTHEST = 1e5  # m
 DISPLACEMENT = 5.0  # zero-plane displacement over roughness length
 SURE_PROFILE = 3.0  # roughness lengths above the displacement where the logarithmic profile begins to hold
 TABLE = 768  # distances at which plume and meander are known for an hour, evenly in their logarithm
-NODES = 32  # points of Gauss-Legendre quadrature on the angle under which a receptor sees a link
+DISTANCES = np.geomspace(LEAST_DISTANCE, FARTHEST, TABLE).astype(np.float32)
+NODES = (16, 12)  # points of Gauss-Legendre quadrature a link, for its plume and its meander
+WIDEST = 4.5  # standard deviations of a plume to either side that are integrated
 MOLAR = {"NO2": 46.0055, "O3": 47.9982}  # g/mol
 MOLAR_VOLUME = 24.055  # l/mol at 20 degrees C and 1013 hPa, where the EU's limits hold (Directive 2008/50/EC, annex VI)
 MOLECULES = 1e-9 * 101325 / 1.380649e-23 * 1e-6  # K molecules/cm3: of a ppb at 1013 hPa, times the temperature
@@ -76,9 +78,10 @@ class Heights:
     initial_sigma_z: Array | float = 1.7 * 1.53 / 2.15
 
 
+@jax.jit
 def surface_layer(
     wind_speed: Array, wind_direction: Array, heat_flux: Array, mixing_height: Array, roughness: Array, reference_height: Array,
-    temperature: float = 288.0,
+    temperature: Array | float = 288.0,
 ) -> Weather:  # fmt: skip
     """Weather from what a station measures, `[hour]`: friction velocity and Obukhov length that go with a wind and a heat flux.
 
@@ -92,14 +95,14 @@ def surface_layer(
                                   (wind_speed, wind_direction, heat_flux, mixing_height, roughness, reference_height)))  # fmt: skip
     U, direction, H, zi, z0, z = like
     U = jnp.maximum(U, 0.3)  # calms: a cup anemometer starts there
-    drag = KARMAN / jnp.log(jnp.maximum(z - DISPLACEMENT * z0, SURE_PROFILE * z0) / z0)
+    above_ground = jnp.maximum(z - DISPLACEMENT * z0, SURE_PROFILE * z0)
+    drag = KARMAN / jnp.log(above_ground / z0)
     up = jnp.maximum(H, 0.0) / AIR_HEAT
-    unstable = drag * U
-    L = jnp.full_like(U, -1e4)
-    for _ in range(12):
-        L = -temperature * unstable**3 / (KARMAN * GRAVITY * jnp.maximum(up, 1e-5))
-        L = jnp.minimum(L, -1.0)
-        unstable = KARMAN * U / _profile(jnp.maximum(z - DISPLACEMENT * z0, SURE_PROFILE * z0), z0, L)
+
+    def length(u_star: jax.Array) -> jax.Array:
+        return jnp.minimum(-temperature * u_star**3 / (KARMAN * GRAVITY * jnp.maximum(up, 1e-5)), -1.0)
+
+    unstable = jax.lax.fori_loop(0, 12, lambda _, u_star: KARMAN * U / _profile(above_ground, z0, length(u_star)), drag * U)
     # theta* = -H / (rho cp u*), at most 0.08 K as observed (van Ulden & Holtslag 1985)
     neutral = drag * U
     theta = jnp.clip(jnp.maximum(-H, 0.0) / AIR_HEAT / neutral, 1e-4, 0.08)
@@ -115,7 +118,7 @@ def surface_layer(
         wind_speed=U,
         wind_direction=direction,
         friction_velocity=jnp.where(rising, unstable, stable),
-        obukhov_length=jnp.where(rising, L, jnp.maximum(L_stable, 1.0)),
+        obukhov_length=jnp.where(rising, length(unstable), jnp.maximum(L_stable, 1.0)),
         convective_velocity=jnp.cbrt(GRAVITY / temperature * up * zi),
         mixing_height=zi,
         roughness=z0,
@@ -129,7 +132,7 @@ def sigma_v(weather: Weather) -> jax.Array:
     return jnp.maximum(jnp.sqrt((0.6 * w) ** 2 + (1.9 * weather.friction_velocity) ** 2), LEAST_SIGMA_V)
 
 
-def wind(height: Array, weather: Weather) -> jax.Array:
+def wind(height: Array | float, weather: Weather) -> jax.Array:
     """Mean wind at a height above ground, m/s, of one hour: the Monin-Obukhov profile that passes through the measured wind.
 
     Within the displacement height it is sqrt(2) sigma_v of the profile, as in R-LINE v1.2; between there and where the logarithm
@@ -152,21 +155,19 @@ def spread(distance: Array, weather: Weather, heights: Heights) -> tuple[jax.Arr
         grown = 0.57 * k * x * jnp.where(stable, 1 / (1 + 3 * k * jnp.cbrt(x / L) ** 2), 1 + 1.5 * k * x / L)
         return jnp.minimum(jnp.sqrt(grown**2 + heights.initial_sigma_z**2), HALF_NORMAL * weather.mixing_height)
 
-    def effective(U: jax.Array) -> jax.Array:
+    def effective(_: int, U: jax.Array) -> jax.Array:
         sz = sigma_z(U)
         mean_height = HALF_NORMAL * sz * jnp.exp(-0.5 * (zs / sz) ** 2) + zs * erf(zs / (np.sqrt(2) * sz))
         return jnp.sqrt(2 * sv**2 + wind(jnp.maximum(mean_height, zs), weather) ** 2)
 
-    U = jnp.full_like(x, 1.0) * jnp.sqrt(2 * sv**2 + wind(zs, weather) ** 2)
-    for _ in range(10):
-        U = effective(U)
+    U = jax.lax.fori_loop(0, 10, effective, jnp.ones_like(x) * jnp.sqrt(2 * sv**2 + wind(zs, weather) ** 2))
     sz = sigma_z(U)
     grown = jnp.sqrt(jnp.maximum(sz**2 - heights.initial_sigma_z**2, 1e-12))
     sy = 1.6 * sv / u_star * grown * jnp.where(stable, 1 + 2.5 * grown / L, 1 / jnp.sqrt(1 + grown / L))
     return sy, sz, U
 
 
-def _similarity_wind(height: Array, weather: Weather) -> jax.Array:
+def _similarity_wind(height: Array | float, weather: Weather) -> jax.Array:
     z0, L = weather.roughness, weather.obukhov_length
     above = (height - DISPLACEMENT * z0) / z0
     held = jnp.maximum(above, SURE_PROFILE)
@@ -192,14 +193,14 @@ def _psi(z: Array, L: Array) -> jax.Array:
 
 
 def _curves(weather: Weather, heights: Heights) -> jax.Array:
-    """ln plume axis `(1-f) V / (sqrt(2 pi) sy Ue)`, ln meander `V / (2 pi r Ue)`, f, and 1/sy by distance, `[TABLE, 4]`, of one hour."""
-    x = jnp.exp(jnp.linspace(np.log(LEAST_DISTANCE), np.log(FARTHEST), TABLE))
+    """ln plume axis `(1-f) V / (sqrt(2 pi) sy Ue)`, 1/sy, f and ln meander `V / (2 pi r Ue)` by distance, `[TABLE, 4]`, of one hour."""
+    x = jnp.asarray(DISTANCES)
     sy, sz, U = spread(x, weather, heights)
     near, far = (-0.5 * ((heights.source + sign * heights.receptor) / sz) ** 2 for sign in (-1, 1))
     vertical = jnp.logaddexp(near, far) - jnp.log(np.sqrt(2 * np.pi) * sz * U)
     f = 2 * sigma_v(weather) ** 2 / U**2
     plume = vertical + jnp.log1p(-jnp.minimum(f, 1 - 1e-6)) - jnp.log(np.sqrt(2 * np.pi) * sy)
-    return jnp.stack([plume, vertical - jnp.log(2 * np.pi * x), f, 1 / sy], -1)
+    return jnp.stack([plume, 1 / sy, f, vertical - jnp.log(2 * np.pi * x)], -1)
 
 
 def _look_up(curves: jax.Array, distance: jax.Array) -> tuple[jax.Array, ...]:
@@ -211,32 +212,48 @@ def _look_up(curves: jax.Array, distance: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(found[..., i] for i in range(curves.shape[-1]))
 
 
-def _unit_link(curves: jax.Array, along: jax.Array, start: jax.Array, end: jax.Array, receptor: jax.Array, nodes: int) -> jax.Array:
+def _unit_link(
+    curves: jax.Array, widest: jax.Array, along: jax.Array, start: jax.Array, end: jax.Array, receptor: jax.Array, nodes: tuple[int, int]
+) -> jax.Array:
     """Concentration at one receptor from one link that emits 1 g/(m s), s/m^2.
 
-    Integrated over the angle under which the receptor sees the link: there a plume is a bell of nearly constant width, near or far.
+    Integrated over the angle under which the receptor sees the link. There a plume is a bell of nearly constant width, near or far, and
+    the meander nearly constant. The plume is integrated within `widest` (radians) of where the wind comes from only.
     """
     t, w = end - start, receptor - start
     length = jnp.maximum(jnp.sqrt(jnp.sum(t**2)), 1e-3)
     t = t / length
     foot = jnp.sum(w * t)
-    h = jnp.sqrt((w[0] * t[1] - w[1] * t[0]) ** 2 + LEAST_DISTANCE**2)
+    beside = w[0] * t[1] - w[1] * t[0]  # the receptor's distance to the right of the link's line
+    h = jnp.sqrt(beside**2 + LEAST_DISTANCE**2)
     first, last = jnp.arctan(-foot / h), jnp.arctan((length - foot) / h)
-    points, weights = np.polynomial.legendre.leggauss(nodes)
-    tangent = jnp.tan((first + last) / 2 + (last - first) / 2 * points.astype(np.float32))
-    stretch = h * (1 + tangent**2) * (last - first) / 2 * weights.astype(np.float32)
-    s = foot + h * tangent
-    dx, dy = w[0] - s * t[0], w[1] - s * t[1]
-    X, Y = dx * along[0] + dy * along[1], dy * along[0] - dx * along[1]
-    plume, _, f, narrow = _look_up(curves, jnp.abs(X))
-    _, meander, _, _ = _look_up(curves, jnp.sqrt(dx**2 + dy**2))
+
+    def seen(first: jax.Array, last: jax.Array, nodes: int) -> tuple[jax.Array, ...]:
+        points, weights = np.polynomial.legendre.leggauss(nodes)
+        tangent = jnp.tan((first + last) / 2 + (last - first) / 2 * points.astype(np.float32))
+        s = foot + h * tangent
+        dx, dy = w[0] - s * t[0], w[1] - s * t[1]
+        stretch = h * (1 + tangent**2) * (last - first) / 2 * weights.astype(np.float32)
+        return dx * along[0] + dy * along[1], dy * along[0] - dx * along[1], stretch
+
+    # the point of the line straight upwind is seen at this angle; on the other side of the road, or along it, at none
+    across = (along[0] * t[1] - along[1] * t[0]) * jnp.where(beside < 0, -1.0, 1.0)
+    upwind = jnp.arctan2(-(along[0] * t[0] + along[1] * t[1]), across)
+
+    def within(angle: jax.Array) -> jax.Array:
+        return jnp.clip(angle, upwind - widest, upwind + widest)
+
+    X, Y, stretch = seen(within(first), within(last), nodes[0])
+    plume, narrow = _look_up(curves[:, :2], X)
     direct = jnp.where(X > 0, jnp.exp(plume - 0.5 * (Y * narrow) ** 2), 0.0)
-    return jnp.sum((direct + f * jnp.exp(meander)) * stretch)
+    X, Y, around = seen(first, last, nodes[1])
+    (f,), (meander,) = _look_up(curves[:, 2:3], jnp.abs(X)), _look_up(curves[:, 3:], jnp.sqrt(X**2 + Y**2))
+    return jnp.sum(direct * stretch) + jnp.sum(f * jnp.exp(meander) * around)
 
 
 def concentration(
     start: np.ndarray, end: np.ndarray, receptors: np.ndarray, emission: Array, weather: Weather, heights: Heights | None = None,
-    nodes: int = NODES, at_once: int = 1 << 20,
+    nodes: tuple[int, int] = NODES, at_once: int = 1 << 20,
 ) -> jax.Array:  # fmt: skip
     """What the links add to the air at every receptor and hour, g/m3, `[hour, ..., receptor]`; linear in the emission.
 
@@ -244,7 +261,8 @@ def concentration(
       start, end: of the links, m, `[link, 2]`; receptors: m, `[receptor, 2]`. Projected, x east and y north; host arrays.
       emission: g/(m s), `[hour, ..., link]`, pollutants or scenarios in the middle: they share the work.
       weather: `[hour]`.
-      nodes: of quadrature a link. at_once: how many of them to hold in memory at a time, over all links and a share of the receptors.
+      nodes: of quadrature a link, for plume and meander.
+      at_once: how many of them to hold in memory at a time, over all links and a share of the receptors; 1 << 26 suits a GPU.
     """
     heights = heights or Heights()
     start, end, receptors = (np.asarray(x, np.float64) for x in (start, end, receptors))
@@ -256,7 +274,7 @@ def concentration(
         raise BadInput(f"dispersion: expected emission [hour {hours}, ..., link {links}] and as many ends, got {np.shape(emission)}")
     middle = receptors.mean(0) if len(receptors) else np.zeros(2)
     near = [(x - middle).astype(np.float32) for x in (start, end, receptors)]
-    chunk = int(np.clip(at_once // (nodes * links), 1, len(receptors)))
+    chunk = int(np.clip(at_once // (max(nodes) * max(links, 1)), 1, max(len(receptors), 1)))
     return _concentration(*near, jnp.asarray(emission, jnp.float32), weather, heights, nodes, chunk)
 
 
@@ -268,9 +286,11 @@ def _concentration(start, end, receptors, emission, weather, heights, nodes, chu
     def an_hour(hour):
         weather, q = hour
         curves = _curves(weather, heights)
+        near = DISTANCES < 1e3  # sy / x is largest near the road, or in very convective air some hundred metres away
+        widest = jnp.arctan(WIDEST / jnp.min(curves[near, 1] * DISTANCES[near]))
         towards = jnp.deg2rad(270.0 - weather.wind_direction)
         along = jnp.stack([jnp.cos(towards), jnp.sin(towards)])
-        over_links = jax.vmap(lambda a, b, r: _unit_link(curves, along, a, b, r, nodes), (0, 0, None))
+        over_links = jax.vmap(lambda a, b, r: _unit_link(curves, widest, along, a, b, r, nodes), (0, 0, None))
 
         @jax.checkpoint  # the unit concentrations of all pairs would not fit
         def piece(some):
@@ -293,6 +313,7 @@ def photostationary(nox: Array, oxidant: Array, photolysis: Array | float = 8e-3
       nox, oxidant: ppb. photolysis: J, 1/s, 0 at night to about 0.01 at noon.
     """
     J = jnp.asarray(photolysis) / rate_constant(temperature)
+    nox, oxidant = jnp.asarray(nox), jnp.asarray(oxidant)
     A = nox + oxidant + J
     # (A^2 - 4 NOx Ox) = (NOx - Ox)^2 + J (2 NOx + 2 Ox + J): no difference of large numbers
     root = jnp.sqrt(jnp.maximum((nox - oxidant) ** 2 + J * (2 * (nox + oxidant) + J), 1e-12))

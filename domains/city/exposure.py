@@ -52,7 +52,8 @@ def group_means(concentration: Array, people: Array, group: Array, groups: int) 
       group: index of each point's group, 0 to groups - 1, `[point]`.
     """
     member = jax.nn.one_hot(jnp.asarray(group), groups, dtype=jnp.float32) * jnp.asarray(people, jnp.float32)[:, None]
-    return jnp.dot(jnp.asarray(concentration, jnp.float32), member, precision="highest") / jnp.maximum(jnp.sum(member, 0), 1e-12)
+    share = member / jnp.maximum(jnp.sum(member, 0, keepdims=True), 1e-12)
+    return jnp.dot(jnp.asarray(concentration, jnp.float32), share, precision="highest")
 
 
 def summary(means: dict[str, Array], people: Array) -> dict[str, float]:
