@@ -36,7 +36,8 @@ def write_network(network: Network, path: str | os.PathLike, values: Mapping[str
 def course(network: Network, link: int) -> np.ndarray:
     """Longitude and latitude along a link, `[point, 2]`, degrees: its shape, or the straight line between its nodes."""
     if network.shape is not None and network.utm is not None:
-        return np.stack(to_degrees(*np.moveaxis(network.shape[link], 1, 0), zone=network.utm), axis=1)
+        points = network.shape[link]
+        return np.stack(to_degrees(points[:, 0], points[:, 1], network.utm), axis=1)
     ends = [network.start[link], network.end[link]]
     assert network.lon is not None and network.lat is not None  # checked by the caller
     return np.stack([network.lon[ends], network.lat[ends]], axis=1)

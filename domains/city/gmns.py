@@ -7,8 +7,9 @@ in seconds of travel time, and `prohibited` in movement.csv, which lists turn ba
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from twinsim.base import BadInput
 
 _KM = {"km": 1.0, "kilometer": 1.0, "kilometers": 1.0, "mi": MILE, "mile": MILE, "miles": MILE, "m": 1e-3, "meter": 1e-3, "meters": 1e-3}
 _KM |= {"ft": 0.3048e-3, "feet": 0.3048e-3, "foot": 0.3048e-3}
+_Projection = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 _CONFIG = ("dataset_name", "short_length", "long_length", "speed", "crs", "geometry_field_format", "id_type", "through_zones", "utm_zone")
 
 
@@ -116,7 +118,18 @@ def read_network(folder: str | os.PathLike) -> Network:
 
 
 def _link_table(network: Network) -> tuple[tuple[str, ...], Iterator[tuple]]:
-    header = ("link_id", "name", "from_node_id", "to_node_id", "directed", "length", "facility_type", "capacity", "free_speed", "lanes")
+    header: tuple[str, ...] = (
+        "link_id",
+        "name",
+        "from_node_id",
+        "to_node_id",
+        "directed",
+        "length",
+        "facility_type",
+        "capacity",
+        "free_speed",
+    )
+    header += ("lanes",)
     header += ("vdf_alpha", "vdf_beta") + ("toll_s",) * (network.toll is not None) + ("geometry",) * (network.shape is not None)
 
     def rows() -> Iterator[tuple]:
@@ -169,7 +182,7 @@ def _add_link(
     table["shape"].append(points[::-1] if back else points)
 
 
-def _projected(folder: Path, xy: np.ndarray, config: dict[str, str]):
+def _projected(folder: Path, xy: np.ndarray, config: dict[str, str]) -> tuple[dict[str, Any], _Projection]:
     """The nodes' positions as a network has them, and what brings other points to x and y."""
     crs = (config.get("crs") or "").upper().replace(" ", "")
     degrees = crs in ("WGS84", "EPSG:4326") or (not crs and bool((np.abs(xy) <= (180, 90)).all()))
@@ -232,7 +245,7 @@ def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, 
         raise BadInput(f"{path} line {reader.line_num}: expected CSV, got: {error}") from None
 
 
-def _write(path: Path, header: tuple[str, ...], rows) -> Path:
+def _write(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
