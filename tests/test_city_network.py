@@ -224,6 +224,7 @@ def test_tntp_says_what_is_wrong(tmp_path, old, new, message):
         ("Origin 1\n 2 : nan;", "line 3: expected a finite number"),
         ("Origin 1\n 2 : -4;", "origin 1 destination 2: expected trips of 0 or more, got -4"),
         ("Origin 1\n 2 5", "expected `destination : trips;`"),
+        ("<TOTAL OD FLOW> x\nOrigin 1\n 2 : 5;", "metadata: expected a number, got 'x'"),
         ("<TOTAL OD FLOW> 100\nOrigin 1\n 2 : 5;", "expected the 100 trips it announces, got 5.0"),
     ],
 )
@@ -495,6 +496,11 @@ def test_merging_a_town_keeps_its_lane_kilometres_and_its_ways(path):
     ready = simplify.prepare(readers.read_network(SHARED / path), 12)
     check(ready)
     assert ready.zones > 12 and not ready.through_zones
+
+
+def test_a_map_of_dead_ends_leaves_nothing():
+    with pytest.raises(BadInput, match="nothing is left"):
+        simplify.simplify(build(start=[0, 1], end=[1, 0], length=100.0, x=[0, 100], y=[0, 0]))
 
 
 def test_zones_want_room():

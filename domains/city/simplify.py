@@ -28,10 +28,13 @@ def prepare(network: Network, zones: int, *, shortest: float = SHORTEST, seed: i
 
 
 def simplify(network: Network, *, shortest: float = SHORTEST) -> Network:
-    """All steps in turn: the largest connected part, without dead ends, chains merged, links below `shortest` (m) drawn together."""
-    network = merge_chains(drop_dead_ends(largest_part(network)))
+    """All steps in turn: the largest connected part, without dead ends, chains merged, links below `shortest` (m) drawn together.
+
+    Raises BadInput where nothing is left.
+    """
+    network = merge_chains(_something_left(drop_dead_ends(largest_part(network))))
     network = merge_short(network, shortest)
-    return merge_chains(drop_dead_ends(largest_part(network)))
+    return merge_chains(_something_left(drop_dead_ends(largest_part(network))))
 
 
 def largest_part(network: Network) -> Network:
@@ -231,6 +234,14 @@ def without_lone_nodes(network: Network) -> Network:
             changed[key] = value[kept] if key in ("population", "jobs") else value[used]
     ends = {"start": new[network.start], "end": new[network.end], "zone": new[network.zone[kept]]}
     return dataclasses.replace(network, **changed | ends)
+
+
+def _something_left(network: Network) -> Network:
+    if not network.links:
+        raise BadInput(
+            f"simplifying {network.source or 'a network'}: nothing is left; expected streets that lead round, not dead ends alone"
+        )
+    return network
 
 
 def _needs_map(network: Network, what: str) -> None:

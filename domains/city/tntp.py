@@ -68,16 +68,18 @@ def read_network(
     constant = (beta == 0) | (alpha == 0)
     time, alpha, beta = np.where(beta == 0, time * (1 + alpha), time), np.where(constant, 0.0, alpha), np.where(constant, 1.0, beta)
     folded = ~constant & (alpha < SMALLEST_B)
-    capacity[folded] *= np.exp(np.log(BPR_ALPHA / alpha[folded]) / beta[folded])
+    with np.errstate(over="ignore"):  # what becomes infinite is what `check` names
+        capacity[folded] *= np.exp(np.log(BPR_ALPHA / alpha[folded]) / beta[folded])
+        length = np.where(column["length"] > 0, unit * column["length"], SHORTEST)
+        free_speed = np.where(time > 0, length / np.where(time > 0, time, 1.0), UNBOUNDED_SPEED)
     alpha[folded] = BPR_ALPHA
-    length = np.where(column["length"] > 0, unit * column["length"], SHORTEST)
     toll = 60 * minutes * (toll_weight * column["toll"] + distance_weight * column["length"])
     place = {} if nodes is None else _positions(Path(nodes), count, node_unit)
     return build(
         start=ends[0].astype(np.int64) - 1,
         end=ends[1].astype(np.int64) - 1,
         length=length,
-        free_speed=np.where(time > 0, length / np.where(time > 0, time, 1.0), UNBOUNDED_SPEED),
+        free_speed=free_speed,
         capacity=capacity,
         lanes=np.clip(np.round(capacity / 1800), 1, 8),  # the format has none: one for each 1800 veh/h
         alpha=alpha,
@@ -121,7 +123,7 @@ def read_trips(path: PathLike) -> Demand:
         row, to = np.argwhere(trips < 0)[0] + 1
         raise BadInput(f"{path} origin {row} destination {to}: expected trips of 0 or more, got {trips[row - 1, to - 1]:g}")
     announced = said.get("TOTAL OD FLOW")
-    if announced and abs(trips.sum() - float(announced)) > 1e-3 * abs(float(announced)):
+    if announced and abs(trips.sum() - (total := _number(path, None, announced))) > 1e-3 * abs(total):
         raise BadInput(f"{path}: expected the {announced} trips it announces, got {trips.sum():.1f}; is it whole?")
     return Demand(trips)
 
@@ -251,13 +253,14 @@ def _zone(path: Path, number: int, word: str, zones: int) -> int:
     return int(word)
 
 
-def _number(path: Path, number: int, word: str) -> float:
+def _number(path: Path, number: int | None, word: str) -> float:
+    where = f"{path} line {number}" if number else f"{path} metadata"
     try:
         value = float(word)
     except ValueError:
-        raise BadInput(f"{path} line {number}: expected a number, got {word.strip()!r}") from None
+        raise BadInput(f"{where}: expected a number, got {word.strip()!r}") from None
     if not np.isfinite(value):
-        raise BadInput(f"{path} line {number}: expected a finite number, got {word.strip()}")
+        raise BadInput(f"{where}: expected a finite number, got {word.strip()}")
     return value
 
 
