@@ -4,11 +4,13 @@ import dataclasses
 import os
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from domains.city import tntp
-from domains.city.equilibrium import equilibria, equilibrium
+from domains.city.equilibrium import equilibria, equilibrium, logit_flow, logit_parameters, stochastic
 from domains.city.network import Network, build
 from twinsim.base import BadInput
 
@@ -144,6 +146,41 @@ def test_wrong_numbers_and_lost_trips_are_named() -> None:
     with pytest.raises(BadInput, match="networks for 1 or 3 scenarios, got 2"):
         equilibria([network, network], np.zeros((3, 2, 2)))
     assert equilibrium(network, pair(0.0)).flow.sum() == 0
+
+
+def test_logit_shares_follow_the_costs_they_make() -> None:
+    # ln(v1 / v2) = theta (t2 - t1) at the fixed point, and with sharp eyes it is the user equilibrium (20, 5)
+    network = linear([(0, 1), (0, 1)], [10, 20], [1, 2], zone=[0, 1])
+    paths = equilibrium(network, pair(25.0)).paths
+    v = stochastic(network, pair(25.0), 0.1, paths)
+    np.testing.assert_allclose(np.log(v[0] / v[1]), 0.1 * ((20 + 2 * v[1]) - (10 + v[0])), rtol=1e-8)
+    np.testing.assert_allclose(v.sum(), 25)
+    np.testing.assert_allclose(stochastic(network, pair(25.0), 100.0, paths), [20, 5], rtol=1e-3)
+
+
+def test_implicit_gradients_agree_with_finite_differences() -> None:
+    network, trips = braess(True), pair(6.0)
+    paths = equilibrium(network, trips).paths
+    with jax.enable_x64():
+        given = logit_parameters(network, trips, 0.05)
+
+        def total_time(p: dict) -> jax.Array:
+            v = logit_flow(paths, p)
+            return jnp.sum(v * p["free_time"] * (1 + p["alpha"] * v / p["capacity"]))
+
+        slope = jax.jit(jax.grad(total_time))(given)
+        value = jax.jit(total_time)
+        for name, place in (
+            ("toll", (0, 0)),
+            ("toll", (0, 4)),
+            ("capacity", (1,)),
+            ("free_time", (1,)),
+            ("trips", (0, 0, 1)),
+            ("theta", ()),
+        ):
+            h = 1e-5 * max(1.0, abs(float(given[name][place])))
+            up, down = ({**given, name: given[name].at[place].add(sign * h)} for sign in (1, -1))
+            np.testing.assert_allclose(slope[name][place], (value(up) - value(down)) / (2 * h), rtol=1e-5, atol=1e-7)
 
 
 OPTIMA = {  # Beckmann's objective of the published flows, veh/h min (shared/reference/mobility.md, sec. 3)

@@ -12,10 +12,12 @@ are differentiable with respect to times, capacities, tolls and demand by the im
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import dijkstra
@@ -27,7 +29,7 @@ ITERATIONS = 200  # of path search and Newton steps; convergence takes 5 to 20
 _STEPS = 6  # Newton steps between two path searches
 _ROUNDS, _CONJUGATE = 3, 20  # in a step: times that paths which empty are held at zero, and CG iterations each time
 _CG_TOLERANCE = 0.1
-_SHIFT = 1e-6, 1.0  # times the Hessian's diagonal, added to it: least (paths that are sums of others make it singular) and most
+_SHIFT = 1e-6, 1e4  # times the Hessian's diagonal, added to it: least (paths that are sums of others make it singular) and most
 
 
 @dataclass(frozen=True)
@@ -641,3 +643,125 @@ def _line_search(case: _Case, pool: _Pool, v: np.ndarray, h: np.ndarray, wish: n
             low, at_low, at_high = np.where(left, share, low), np.where(left, value, at_low / 2), np.where(left, at_high / 2, value)
             high = np.where(left, high, share)
     return np.where(all_the_way, 1.0, low) * downhill, downhill
+
+
+# ---- the smooth mode
+
+
+def stochastic(network: Network, trips: Demand | np.ndarray, theta: float, paths: Paths | None = None) -> np.ndarray:
+    """Flows of the logit stochastic user equilibrium over given paths, veh/h, `[link]`; by default those that `equilibrium` uses.
+
+    `theta` is how sharply drivers tell costs apart, 1/s: with a large one this is the user equilibrium. A fixed point that is
+    missed is warned of.
+    """
+    paths = equilibrium(network, trips).paths if paths is None else paths
+    with jax.enable_x64():
+        given = logit_parameters(network, trips, theta)
+        flow = jax.jit(lambda p: logit_flow(paths, p))(given)
+        missed = float(jnp.abs(flow - _logit(paths)(flow, given)).max() / jnp.maximum(flow.max(), 1e-300))
+    if missed > 1e-8:
+        warnings.warn(f"stochastic: flows miss their fixed point by {missed:.3g} of the largest flow", stacklevel=2)
+    return np.asarray(flow)
+
+
+def logit_parameters(network: Network, trips: Demand | np.ndarray, theta: float) -> dict[str, jax.Array]:
+    """What `logit_flow` depends on and can be differentiated by: times, capacities, tolls `[user, link]`, trips `[user, zone, zone]`."""
+    matrix = _matrix(trips)
+    matrix = matrix if matrix.ndim == 3 else matrix[None]
+    toll = np.zeros(network.links) if network.toll is None else network.toll
+    names = {name: getattr(network, name) for name in ("free_time", "capacity", "alpha", "beta")}
+    given = {**names, "toll": np.broadcast_to(toll, (len(matrix), network.links)), "trips": matrix, "theta": theta}
+    return {name: jnp.asarray(value, float) for name, value in given.items()}
+
+
+def logit_flow(paths: Paths, given: dict[str, jax.Array]) -> jax.Array:
+    """Flows v at which trips, split by a logit of the path costs that v makes, add up to v, veh/h, `[link]` (Fisk 1980).
+
+    Differentiable in reverse by every one of `given` (see `logit_parameters`), through the fixed point and not through the iterations:
+    with load(v), J = I - dload/dv and the flows' cotangent w, parameters get (dload/dp)^T J^-T w. Runs in the precision that JAX has;
+    call it under `jax.enable_x64()` where gradients matter. Source: Fisk, "Some developments in equilibrium traffic assignment".
+    """
+    load = _logit(paths)
+
+    @jax.custom_vjp
+    def settled(p: dict[str, jax.Array]) -> jax.Array:
+        return _fixed_point(load, p)
+
+    def forward(p: dict[str, jax.Array]) -> tuple[jax.Array, tuple]:
+        v = _fixed_point(load, p)
+        return v, (v, p)
+
+    def backward(kept: tuple, w: jax.Array) -> tuple:
+        v, p = kept
+        root, spread = _linear(load, v, p)
+        # J^T = I + T B, T = root^2: lambda = w - root z with (I + root B root) z = root B w
+        z = _definite(lambda x: x + root * spread(root * x), root * spread(w))
+        _, pull = jax.vjp(lambda q: load(v, q), p)
+        return pull(w - root * z)
+
+    settled.defvjp(forward, backward)
+    return settled(given)
+
+
+def _logit(paths: Paths) -> Callable:
+    """The function (flow, parameters) -> flow that loads the trips on the paths by a logit of their costs; `cost` overrides the links'."""
+    table = paths.links.tocoo()
+    path, link, (count, links) = table.row, table.col, paths.links.shape
+    ends = (paths.user, paths.origin, paths.destination)
+    _, pair = np.unique(np.stack(ends), axis=1, return_inverse=True)
+    pair = pair.reshape(-1)
+    pairs, user = int(pair.max(initial=-1)) + 1, paths.user[path]
+
+    def load(v: jax.Array, p: dict[str, jax.Array], cost: jax.Array | None = None) -> jax.Array:
+        time = _link_time(v, p) if cost is None else cost
+        wish = -p["theta"] * jax.ops.segment_sum(time[link] + p["toll"][user, link], path, count)
+        top = jax.lax.stop_gradient(jax.ops.segment_max(wish, pair, pairs))[pair]
+        weight = jnp.exp(wish - top)
+        flow = p["trips"][ends] * weight / jax.ops.segment_sum(weight, pair, pairs)[pair]
+        return jax.ops.segment_sum(flow[path], link, links)
+
+    return load
+
+
+def _link_time(v: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
+    return p["free_time"] * (1 + p["alpha"] * (v / p["capacity"]) ** p["beta"])
+
+
+def _linear(load: Callable, v: jax.Array, p: dict[str, jax.Array]) -> tuple[jax.Array, Callable]:
+    """At v: the root of the links' dt/dv, and the map B, symmetric and not negative, from a rise of link costs to the fall of flows."""
+    time, slope = jax.jvp(lambda x: _link_time(x, p), (v,), (jnp.ones_like(v),))
+    return jnp.sqrt(slope), lambda rise: -jax.jvp(lambda cost: load(v, p, cost), (time,), (rise,))[1]
+
+
+def _definite(matrix: Callable, right: jax.Array) -> jax.Array:
+    return jax.scipy.sparse.linalg.cg(matrix, right, tol=1e-12, maxiter=500)[0]
+
+
+def _fixed_point(load: Callable, p: dict[str, jax.Array]) -> jax.Array:
+    """Newton's method on v - load(v), the step halved until the residual falls; J = I + B T is never singular."""
+
+    def residual(v: jax.Array) -> jax.Array:
+        return v - load(v, p)
+
+    def size(v: jax.Array) -> jax.Array:
+        return jnp.linalg.norm(residual(v))
+
+    def step(state: tuple) -> tuple:
+        v, before, count = state
+        root, spread = _linear(load, v, p)
+        r = residual(v)
+        y = _definite(lambda x: x + root * spread(root * x), root * r)
+        whole = r - spread(root * y)
+
+        def moved(share: jax.Array) -> jax.Array:
+            return jnp.maximum(v - share * whole, 0.0)
+
+        share = jax.lax.while_loop(
+            lambda s: (size(moved(s)) > (1 - 1e-4 * s) * before) & (s > 1e-6), lambda s: s / 2, jnp.ones((), v.dtype)
+        )
+        after = size(moved(share))
+        return jnp.where(after < before, moved(share), v), jnp.where(after < before, after, 0.0), count + 1
+
+    start = load(jnp.zeros_like(p["free_time"]), p)
+    tolerance = 20 * jnp.finfo(start.dtype).eps * jnp.linalg.norm(start)
+    return jax.lax.while_loop(lambda s: (s[1] > tolerance) & (s[2] < 100), step, (start, size(start), 0))[0]
