@@ -1,0 +1,299 @@
+"""Networks as GMNS tables, the exchange format of choice between traffic models: a folder with node.csv, link.csv and a few more.
+
+Source: General Modeling Network Specification 0.96, github.com/zephyr-data-specs/GMNS. Capacity there is per lane, length and speed are
+in the units of config.csv. What it has no field for goes into columns of our own: `vdf_alpha`, `vdf_beta` (as DTALite names them), `toll_s`
+in seconds of travel time, and `prohibited` in movement.csv, which lists turn bans alone.
+"""
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from domains.city import files
+from domains.city.network import BPR_ALPHA, BPR_BETA, Network, build
+from domains.city.projection import to_degrees, to_metres, utm_zone
+from domains.city.roads import MILE, ROADS
+from twinsim.base import BadInput
+
+_KM = {"km": 1.0, "kilometer": 1.0, "kilometers": 1.0, "mi": MILE, "mile": MILE, "miles": MILE, "m": 1e-3, "meter": 1e-3, "meters": 1e-3}
+_KM |= {"ft": 0.3048e-3, "feet": 0.3048e-3, "foot": 0.3048e-3}
+_Projection = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+_CONFIG = ("dataset_name", "short_length", "long_length", "speed", "crs", "geometry_field_format", "id_type", "through_zones", "utm_zone")
+
+
+def write_network(network: Network, folder: str | os.PathLike) -> list[Path]:
+    """Writes node.csv, link.csv, config.csv and, where there are any, zone.csv and movement.csv; gives their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    crs = "WGS84" if network.lon is not None else f"EPSG:{_epsg(network.utm)}" if network.utm else "local metres"
+    zone_of = {int(node): k + 1 for k, node in enumerate(network.zone)}
+    x, y = (network.x, network.y) if network.lon is None or network.lat is None else (network.lon, network.lat)
+    through, utm = int(network.through_zones), network.utm if network.utm is not None else ""
+    written = [
+        _write(folder / "config.csv", _CONFIG, [(network.source, "m", "km", "kph", crs, "wkt", "string", through, utm)]),
+        _write(
+            folder / "node.csv",
+            ("node_id", "x_coord", "y_coord", "node_type", "zone_id"),
+            (
+                (node, _text(x[k]), _text(y[k]), "centroid" if k in zone_of else "", zone_of.get(k, ""))
+                for k, node in enumerate(network.node_id.tolist())
+            ),
+        ),
+        _write(folder / "link.csv", *_link_table(network)),
+    ]
+    if network.population is not None or network.jobs is not None:
+        columns = [(key, value) for key in ("population", "jobs") if (value := getattr(network, key)) is not None]
+        rows = ((k + 1, *(_text(value[k]) for _, value in columns)) for k in range(network.zones))
+        written.append(_write(folder / "zone.csv", ("zone_id", *(key for key, _ in columns)), rows))
+    if network.turn_bans is not None:
+        bans = network.turn_bans.tolist()
+        moves = ((k + 1, network.node_id[network.end[a]], network.link_id[a], network.link_id[b], 1) for k, (a, b) in enumerate(bans))
+        written.append(_write(folder / "movement.csv", ("mvmt_id", "node_id", "ib_link_id", "ob_link_id", "prohibited"), moves))
+    return written
+
+
+def read_network(folder: str | os.PathLike) -> Network:
+    """The network of a GMNS folder. Raises BadInput.
+
+    Positions within degrees are taken as WGS84 unless config.csv names another system. A node is a zone where it has a zone_id and is a
+    centroid, or, where no node says centroid, where it has one at all. What a link lacks comes from its class.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: expected a folder with node.csv and link.csv, found none")
+    config = next((row for _, row in _rows(folder / "config.csv", ())), {}) if (folder / "config.csv").is_file() else {}
+    long, speed = _unit(folder, config, "long_length", "km"), _speed(config)
+
+    node_id, place, kinds, zone_ids = [], [], [], []
+    for number, row in _rows(folder / "node.csv", ("node_id", "x_coord", "y_coord")):
+        where = f"{folder / 'node.csv'} line {number}"
+        node_id.append(row["node_id"])
+        place.append([_number(where, row, key, np.nan) for key in ("x_coord", "y_coord")])
+        kinds.append(row.get("node_type") or "")
+        zone_ids.append(row.get("zone_id") or "")
+    index = {node: k for k, node in enumerate(node_id)}
+    if len(index) != len(node_id):
+        twice = next(node for k, node in enumerate(node_id) if index[node] != k)
+        raise BadInput(f"{folder / 'node.csv'}: expected each node_id once, got {twice!r} twice")
+    centroids = [k for k, zone in enumerate(zone_ids) if zone and ("centroid" in kinds[k] or not any("centroid" in kind for kind in kinds))]
+    centroids.sort(key=lambda k: (len(zone_ids[k]), zone_ids[k]))  # 2 before 10
+
+    table: dict[str, list] = {key: [] for key in ("start", "end", "length", "free_speed", "capacity", "lanes", "alpha", "beta", "toll")}
+    table |= {key: [] for key in ("link_id", "name", "kind", "shape")}
+    for number, row in _rows(folder / "link.csv", ("link_id", "from_node_id", "to_node_id", "length")):
+        where = f"{folder / 'link.csv'} line {number}"
+        for key in ("from_node_id", "to_node_id"):
+            if row[key] not in index:
+                raise BadInput(f"{where}: link {row['link_id']} has {key} {row[key]!r}, expected a node_id of node.csv")
+        both = (row.get("directed") or "1").lower() in ("0", "false")
+        for back in (False, True)[: 1 + both]:
+            _add_link(table, where, row, index, back, long, speed)
+        files.at_most(len(table["start"]), folder / "link.csv")
+    if not table["start"]:
+        raise BadInput(f"{folder / 'link.csv'}: expected at least one link, got none")
+
+    xy = np.array(place).reshape(-1, 2)
+    position, to_xy = _projected(folder, xy, config)
+    shapes = None
+    if all(len(points) for points in table["shape"]):
+        shapes = tuple(np.stack(to_xy(np.array(points)), axis=1) for points in table["shape"])
+    toll = np.array(table["toll"])
+    keys = ("start", "end", "length", "free_speed", "capacity", "lanes", "alpha", "beta", "link_id", "name", "kind")
+    return build(
+        **{key: np.array(table[key]) for key in keys},
+        node_id=np.array(node_id),
+        zone=np.array(centroids, np.int64),
+        through_zones=(config.get("through_zones") or "0") not in ("0", "false"),
+        toll=toll if toll.any() else None,
+        shape=shapes,
+        turn_bans=_moves(folder, table["link_id"]),
+        source=config.get("dataset_name") or f"GMNS {folder.name}",
+        **position,
+        **_zone_table(folder, [zone_ids[k] for k in centroids]),
+    )
+
+
+def _link_table(network: Network) -> tuple[tuple[str, ...], Iterator[tuple]]:
+    header: tuple[str, ...] = (
+        "link_id",
+        "name",
+        "from_node_id",
+        "to_node_id",
+        "directed",
+        "length",
+        "facility_type",
+        "capacity",
+        "free_speed",
+    )
+    header += ("lanes",)
+    header += ("vdf_alpha", "vdf_beta") + ("toll_s",) * (network.toll is not None) + ("geometry",) * (network.shape is not None)
+
+    def rows() -> Iterator[tuple]:
+        for k in range(network.links):
+            numbers = [
+                network.capacity[k] / network.lanes[k],
+                network.free_speed[k] * 3.6,
+                network.lanes[k],
+                network.alpha[k],
+                network.beta[k],
+            ]
+            ends = network.node_id[network.start[k]], network.node_id[network.end[k]]
+            row = (network.link_id[k], network.name[k], *ends, 1, _text(network.length[k] / 1000), network.kind[k], *map(_text, numbers))
+            if network.toll is not None:
+                row += (_text(network.toll[k]),)
+            if network.shape is not None:
+                points = network.shape[k]
+                if network.lon is not None and network.utm:
+                    points = np.stack(to_degrees(points[:, 0], points[:, 1], network.utm), axis=1)
+                row += (f"LINESTRING ({', '.join(f'{_text(a)} {_text(b)}' for a, b in points)})",)
+            yield row
+
+    return header, rows()
+
+
+def _add_link(
+    table: dict[str, list], where: str, row: dict[str, str], index: dict[str, int], back: bool, long: float, speed: float
+) -> None:
+    kind = row.get("facility_type") or ""
+    road = ROADS.get(kind, ROADS["road"])
+    lanes = _number(where, row, "lanes", float(road.lanes))
+    ends = [index[row["from_node_id"]], index[row["to_node_id"]]]
+    points = _points(where, row.get("geometry") or "")
+    # GMNS calls lanes and capacity 0 what is closed; a model that divides by them needs it left out instead
+    for key, value in (("lanes", lanes), ("length", _number(where, row, "length", np.nan))):
+        if not value > 0:
+            raise BadInput(f"{where}: link {row['link_id']}: expected a positive {key}, got {row.get(key)!r}")
+    table["start"].append(ends[1 if back else 0])
+    table["end"].append(ends[0 if back else 1])
+    table["length"].append(1000 * long * _number(where, row, "length", np.nan))
+    table["free_speed"].append(_number(where, row, "free_speed", road.speed / speed) * speed / 3.6)
+    table["capacity"].append(lanes * _number(where, row, "capacity", road.lane_capacity))
+    table["lanes"].append(lanes)
+    table["alpha"].append(_number(where, row, "vdf_alpha", BPR_ALPHA))
+    table["beta"].append(_number(where, row, "vdf_beta", BPR_BETA))
+    table["toll"].append(_number(where, row, "toll_s", 0.0))
+    table["link_id"].append(row["link_id"] + ("-" if back else ""))
+    table["name"].append(row.get("name") or "")
+    table["kind"].append(kind)
+    table["shape"].append(points[::-1] if back else points)
+
+
+def _projected(folder: Path, xy: np.ndarray, config: dict[str, str]) -> tuple[dict[str, Any], _Projection]:
+    """The nodes' positions as a network has them, and what brings other points to x and y."""
+    crs = (config.get("crs") or "").upper().replace(" ", "")
+    degrees = crs in ("WGS84", "EPSG:4326") or (not crs and bool((np.abs(xy) <= (180, 90)).all()))
+    if not degrees or np.isnan(xy).all():
+        text = config.get("utm_zone") or ""
+        lonlat = {}
+        if text.lstrip("-").isdigit():
+            lon, lat = to_degrees(xy[:, 0], xy[:, 1], int(text))
+            lonlat = {"lon": lon, "lat": lat, "utm": int(text)}
+        return {"x": xy[:, 0], "y": xy[:, 1], **lonlat}, lambda points: (points[:, 0], points[:, 1])
+    if np.isnan(xy).any():
+        raise BadInput(f"{folder / 'node.csv'}: expected x_coord and y_coord for every node or none")
+    text = config.get("utm_zone") or ""
+    utm = int(text) if text.lstrip("-").isdigit() else utm_zone(xy[:, 0], xy[:, 1])
+    x, y = to_metres(xy[:, 0], xy[:, 1], utm)
+    place = {"x": x, "y": y, "lon": xy[:, 0], "lat": xy[:, 1], "utm": utm}
+    return place, lambda points: to_metres(points[:, 0], points[:, 1], utm)
+
+
+def _zone_table(folder: Path, zones: list[str]) -> dict[str, np.ndarray]:
+    if not (folder / "zone.csv").is_file():
+        return {}
+    found = {row["zone_id"]: (number, row) for number, row in _rows(folder / "zone.csv", ("zone_id",))}
+    answer = {}
+    for key in ("population", "jobs"):
+        if found and all(key in row for _, row in found.values()):
+            missing = [zone for zone in zones if zone not in found]
+            if missing:
+                raise BadInput(f"{folder / 'zone.csv'}: expected a row for zone {missing[0]!r} of node.csv, found none")
+            answer[key] = np.array([_number(f"{folder / 'zone.csv'} line {found[z][0]}", found[z][1], key, np.nan) for z in zones])
+    return answer
+
+
+def _moves(folder: Path, link_id: list[str]) -> np.ndarray | None:
+    if not (folder / "movement.csv").is_file():
+        return None
+    index = {link: k for k, link in enumerate(link_id)}
+    bans = []
+    for number, row in _rows(folder / "movement.csv", ("ib_link_id", "ob_link_id")):
+        if (row.get("prohibited") or "0") not in ("0", "false"):
+            for key in ("ib_link_id", "ob_link_id"):
+                if row[key] not in index:
+                    raise BadInput(f"{folder / 'movement.csv'} line {number}: {key} {row[key]!r} is no link_id of link.csv")
+            bans.append((index[row["ib_link_id"]], index[row["ob_link_id"]]))
+    return np.array(bans, np.int64).reshape(-1, 2)
+
+
+def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and values by column name of a CSV file, one row at a time."""
+    reader = csv.DictReader(files.lines(path), strict=True)
+    try:
+        for column in needed:
+            if column not in (reader.fieldnames or ()):
+                raise BadInput(f"{path}: expected a column {column}, got {', '.join(reader.fieldnames or ()) or 'none'}")
+        for row in reader:
+            if None in row or None in row.values():
+                raise BadInput(f"{path} line {reader.line_num}: expected {len(reader.fieldnames or ())} values, got another number of them")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise BadInput(f"{path} line {reader.line_num}: expected CSV, got: {error}") from None
+
+
+def _write(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path
+
+
+def _text(value: float) -> str:
+    return "" if np.isnan(value) else repr(float(value))
+
+
+def _points(where: str, text: str) -> list[list[float]]:
+    if not text.strip():
+        return []
+    body = text.strip().removeprefix("LINESTRING").strip().strip("()")
+    try:
+        points = [[float(word) for word in point.split()[:2]] for point in body.split(",")]
+    except ValueError:
+        points = []
+    if len(points) < 2 or any(len(point) != 2 for point in points) or not np.isfinite(points).all():
+        raise BadInput(f"{where}: expected a geometry `LINESTRING (x y, x y, ...)`, got {text[:40]!r}")
+    return points
+
+
+def _number(where: str, row: dict[str, str], key: str, missing: float) -> float:
+    text = (row.get(key) or "").strip()
+    if not text:
+        return missing
+    try:
+        value = float(text)
+    except ValueError:
+        raise BadInput(f"{where}: expected a number for {key}, got {text!r}") from None
+    if not np.isfinite(value):
+        raise BadInput(f"{where}: expected a finite number for {key}, got {text}")
+    return value
+
+
+def _unit(folder: Path, config: dict[str, str], key: str, default: str) -> float:
+    unit = (config.get(key) or default).strip().lower()
+    if unit not in _KM:
+        raise BadInput(f"{folder / 'config.csv'}: expected {key} of {', '.join(_KM)}, got {unit!r}")
+    return _KM[unit]
+
+
+def _speed(config: dict[str, str]) -> float:
+    """km/h a unit of speed."""
+    return MILE if (config.get("speed") or "").lower() in ("mph", "mi/h") else 1.0
+
+
+def _epsg(utm: int | None) -> int:
+    return 0 if utm is None else 32600 + utm if utm > 0 else 32700 - utm
