@@ -253,6 +253,20 @@ def test_draws_are_repeated_until_the_constraint_holds(expected, tmp_path):
     assert (rules["what the scenario imposes"] == 0).all()  # 64 misses in a row have a chance of about 2^-64
 
 
+def test_a_draw_that_was_driven_to_break_a_rule_is_repeated(tmp_path):
+    class Strict(Toy):
+        def check(self, sample, condition):
+            return {"first above last": jnp.maximum(sample["x"][0, 0] - sample["x"][-1, -1], 0.0)}
+
+    free = lambda sample, condition: jnp.float32(0.0)  # noqa: E731
+    plain, rules_plain = stream(tmp_path / "plain", drawer(domain=Strict()))
+    imposed, rules = stream(tmp_path / "imposed", drawer(domain=Strict(), misses=free, attempts=64))
+    kept = rules_plain["first above last"] == 0
+    assert 0 < kept.sum() < kept.size, "where nothing is imposed the share that keeps a rule is a score, and nothing is drawn again"
+    np.testing.assert_array_equal(imposed[kept], plain[kept])
+    assert (rules["first above last"] == 0).all()
+
+
 def test_attempts_are_bounded_and_a_miss_is_reported(tmp_path):
     never = lambda sample, condition: jnp.float32(3.0)  # noqa: E731
     _, rules = stream(tmp_path, drawer(misses=never, attempts=3))

@@ -4,6 +4,7 @@ Every draw has its own random key, made from the seed, the member and the item a
 size; batches, devices and restarts only decide when and where a tile is computed. So the members are always the same.
 """
 
+import functools
 import json
 import os
 import re
@@ -34,7 +35,8 @@ class Settings:
     Attributes:
       tile: draws computed together; part of what is drawn, so change it and last bits change.
       batch: draws held in memory at once, rounded up to whole tiles a device.
-      attempts: a draw that misses a constraint of the question is drawn again, with a new key, up to this often.
+      attempts: a draw that misses what the question imposes, or that was driven by it to break a physical rule, is drawn again, with
+        a new key, up to this often.
     """
 
     tile: int = 8
@@ -84,7 +86,9 @@ def make_sampler(
 
             def unmet(carry: tuple[jax.Array, Sample]) -> Array:
                 number, latest = carry
-                return (number < attempts) & (misses(latest, condition) > 0)
+                broken = jax.tree.leaves(domain.check(domain.simulate(latest, condition, key), condition))
+                worst = functools.reduce(jnp.maximum, broken, misses(latest, condition))
+                return (number < attempts) & (worst > 0)
 
             _, sample = jax.lax.while_loop(unmet, again, (jnp.asarray(1), sample))
         outcome = domain.simulate(sample, condition, key)
