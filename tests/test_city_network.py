@@ -353,13 +353,13 @@ def test_speeds_in_words(words, kmh):
 
 def test_pbf_names_the_package_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "osmium", None)
-    with pytest.raises(BadInput, match="pip install osmium"):
+    with pytest.raises(BadInput, match=r"pip install 'twinsim\[city\]'"):
         osm.read_network(tmp_path / "x.osm.pbf")
 
 
 @real
 def test_osm_pbf():
-    pytest.importorskip("osmium", reason="osmium reads .osm.pbf; pip install osmium")
+    pytest.importorskip("osmium", reason="osmium reads .osm.pbf")
     network = osm.read_network(SHARED / "osm" / "Helsinki.osm.pbf")
     check(network)
     assert network.lon.mean() == pytest.approx(24.95, abs=0.02) and network.lat.mean() == pytest.approx(60.17, abs=0.02)
@@ -369,7 +369,7 @@ def test_osm_pbf():
 
 
 def test_pbf_that_is_none(tmp_path):
-    pytest.importorskip("osmium", reason="osmium reads .osm.pbf; pip install osmium")
+    pytest.importorskip("osmium", reason="osmium reads .osm.pbf")
     path = tmp_path / "x.osm.pbf"
     path.write_bytes(b"not a map")
     with pytest.raises(BadInput, match="expected an OpenStreetMap .pbf file"):

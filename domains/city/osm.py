@@ -97,7 +97,7 @@ def _read_pbf(path: Path, service: bool) -> _Seen:
     try:
         import osmium
     except ImportError:
-        raise BadInput(f"{path}: reading .osm.pbf needs osmium; install it with `pip install osmium`, or give an .osm file") from None
+        raise BadInput(f"{path}: reading .osm.pbf needs osmium; pip install 'twinsim[city]', or give an .osm file") from None
     files.opened(path).close()  # is it there, and not too large
     seen = _Seen(path, service)
     types = {"n": "node", "w": "way", "r": "relation"}
