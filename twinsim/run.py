@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -589,9 +590,13 @@ def _stamp(seconds: float) -> str:
 
 def _check_room(folder: Path, domain: Domain, question: Question) -> None:
     """Refuses before the first step of training what the disk or the memory cannot hold. Raises BadInput."""
-    items = items_of(question)
-    size = 4 * question.members * items * int(np.prod(domain.shape)) * len(domain.sample)
-    files.check_room(folder, 3 * size, 3 * size, f"scenario: {question.members} members of {items} items")
+    size = answer_bytes(domain, question)
+    files.check_room(folder, size, size, f"scenario: {question.members} members of {items_of(question)} items")
+
+
+def answer_bytes(domain: Domain, question: Question) -> int:
+    """Bytes of an answer: the draws, the data set and its netCDF copy, in float32."""
+    return 3 * 4 * question.members * items_of(question) * math.prod(domain.shape) * len(domain.sample)
 
 
 # ---------------------------------------------------------------- again

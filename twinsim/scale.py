@@ -83,6 +83,8 @@ PARTS = {"start": Start, "hardware": Hardware}
 
 def read(table: Mapping[str, Any]) -> Scale:
     """The table `scale` of a configuration. Raises BadInput: an unknown name, with the nearest known one, or a value of a wrong kind."""
+    if not isinstance(table, Mapping):
+        raise BadInput(f"config scale: expected a table, got {table!r}")
     node = {"_target_": "twinsim.scale.Scale", **table}
     for name, part in PARTS.items():
         inner = table.get(name)
