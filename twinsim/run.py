@@ -142,11 +142,7 @@ def check(config: Config, devices: int | None = None) -> None:
     drawing_settings(config)
     if absent := [key for key in ("tile", "attempts") if key not in config["generate"]]:
         raise BadInput(f"config generate.{absent[0]}: expected a number, got nothing")
-    sizes = config["scale"].get("mesh")
-    if not isinstance(sizes, Mapping) or not all(type(size) is int for size in sizes.values()):
-        raise BadInput(f"config scale.mesh: expected a table of whole numbers, got {sizes!r}")
-    scale.read(config["scale"])
-    mesh.mesh_shape(sizes, devices or jax.device_count())
+    mesh.mesh_shape(scale.read(config["scale"]).mesh, devices or jax.device_count())
     _optimizer(config)
 
 
