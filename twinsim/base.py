@@ -306,6 +306,10 @@ class Domain(Protocol):
         """Generated samples `[member, item, ...]` with names, units and coordinates."""
         ...
 
+    def write(self, *, asked: Any, question: Question, dataset: "xr.Dataset", folder: Path) -> None:
+        """The formats of the field that the scenario `asked` for, beside Zarr and NetCDF, which the engine writes."""
+        ...
+
     def summary(self, question: Question, dataset: "xr.Dataset") -> str:
         """The answer in a sentence or two."""
         ...

@@ -486,6 +486,7 @@ def _answer(
         files.write_zarr(dataset, folder / "samples.zarr")
         if "netcdf" in wanted.formats:
             dataset.to_netcdf(folder / "samples.nc")
+        domain.write(asked=wanted, question=question, dataset=dataset, folder=folder)
         _keep_question(asked, folder / QUESTION)
         files.write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         where = places(config)

@@ -38,7 +38,7 @@ class Scenario(pydantic.BaseModel):
       command: the command that runs it.
       takes: how long that takes, on which machine.
       expect: what to expect of the answer.
-      formats: the field's own formats to write beside Zarr.
+      formats: to write beside Zarr; a domain's schema says which.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)

@@ -893,6 +893,9 @@ class Climate:
             made["time"].attrs |= {"standard_name": "time", "axis": "T"}
         return made
 
+    def write(self, **_: Any) -> None:
+        """Nothing: the formats of this field are Zarr and NetCDF."""
+
     def dates(self, question: Question) -> np.ndarray:
         """The axis of the answer: a date a day, or the number of a patch."""
         starts = np.asarray(question.coords[self.item][1])
