@@ -52,7 +52,7 @@ WET_ERRANDS, WET_HALF_WAY = 0.92, 0.85  # errands left on a wet day; the distanc
 
 
 def simulated(place: Place, start: str = "2023-01-01", days: int = 730, seed: int = 0) -> xr.Dataset:
-    """A record of `days` days: vehicles `[day, period, origin, destination]` and rain, mm. Same arguments, same numbers. Raises BadInput."""
+    """A record of `days` days: vehicles `[day, period, origin, destination]` and rain, mm. Raises BadInput."""
     if not 14 <= days <= 20_000:
         raise BadInput(f"days: expected 14 to 20000 of them, got {days}")
     network = place.network
@@ -90,7 +90,7 @@ def simulated(place: Place, start: str = "2023-01-01", days: int = 730, seed: in
 
 
 def recorded(place: Place, path: str, licence: str = "not stated") -> xr.Dataset:
-    """A record from a NetCDF file: `trips` (time, period, origin, destination), vehicles, and optionally `rain` (time), mm. Raises BadInput."""
+    """A record from a NetCDF file: `trips` (time, period, origin, destination), vehicles; `rain` (time), mm, if any. Raises BadInput."""
     file = Path(path)
     if not file.is_file():
         raise BadInput(f"{path}: expected a NetCDF file with recorded trips, found nothing")

@@ -359,8 +359,8 @@ def rate_constant(temperature: Array | float = 288.0) -> jax.Array:
 
 
 def no2(
-    nox_of_traffic: Array, no2_of_traffic: Array, background_nox: Array, background_no2: Array, background_o3: Array,
-    photolysis: Array | float = 8e-3, temperature: Array | float = 288.0,
+    nox_of_traffic: Array, no2_of_traffic: Array, background_nox: Array | float, background_no2: Array | float,
+    background_o3: Array | float, photolysis: Array | float = 8e-3, temperature: Array | float = 288.0,
 ) -> jax.Array:  # fmt: skip
     """NO2 at a receptor, ug/m3: what traffic adds and the background, brought to the photostationary state.
 

@@ -2,8 +2,8 @@
 
 What is generated is a day: vehicles between all zones in each part of the day, given the weekday and the rain. The generator draws how
 the rates of all pairs vary together, as principal components of roots of counts; that vehicles come one by one is Poisson's part, which
-`simulate` adds. What else is simulated, for a scenario, is the city before and after a change: traffic (`traffic`, `equilibrium`), emissions, dispersion and exposure, on the same
-day and in the same weather, so that the difference is the change's own. Without a scenario, a day is judged as it was drawn.
+`simulate` adds. For a scenario it then simulates the city before and after a change: traffic (`traffic`, `equilibrium`), emissions,
+dispersion and exposure, on the same day and in the same weather, so that the difference is the change's own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -237,14 +237,14 @@ class CityTwin:
             (2, periods, users, network.links), (2, periods, network.links), (2, zones), (2, zones), (2,), (2,)
         )  # fmt: skip
 
-        def settle(trips: np.ndarray, *of_state: np.ndarray) -> tuple[np.ndarray, ...]:
-            one = traffic.day(network, self.place.delay, np.asarray(trips, float), LENGTHS, *map(np.asarray, of_state), self.response, GAP)
+        def settle(trips: np.ndarray, state: State) -> tuple[np.ndarray, ...]:
+            before_and_after = jax.tree.map(np.asarray, state)
+            one = traffic.day(network, self.place.delay, np.asarray(trips, float), LENGTHS, before_and_after, self.response, GAP)
             return tuple(np.asarray(part, np.float32) for part in (one.flow, one.time, one.cost, one.trips, one.gap, one.unsettled))
 
         trips = jnp.stack([sample[name] for name in NAMES])
-        given = (trips, state.free_speed, state.capacity, state.charge, state.trips, state.extra)
         result = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        return tuple(jax.pure_callback(settle, tuple(result), *given, vmap_method="sequential"))
+        return tuple(jax.pure_callback(settle, tuple(result), trips, state, vmap_method="sequential"))
 
     def _emitted(self, flow: jax.Array, time: jax.Array, state: State) -> jax.Array:
         """Of each road, g/h, `[case, period, pollutant, road]`."""
@@ -257,14 +257,14 @@ class CityTwin:
             return emissions.link_emissions(flow, speed, length, vehicles)  # [pollutant, period, road]
 
         of_users = jax.vmap(of_class, (1, None, 0))  # over classes of users
-        return jnp.moveaxis(jax.vmap(of_users)(flow[..., roads], speed, state.fleet).sum(1), 1, 2)
+        return jnp.moveaxis(jax.vmap(of_users)(flow[..., roads], speed, jnp.asarray(state.fleet)).sum(1), 1, 2)
 
     def _air(self, emitted: jax.Array, state: State, condition: Condition, key: Array) -> tuple[jax.Array, ...]:
         """Mean NOx, NO2, PM2.5 and PM10 of the day at the receptors, ug/m3, `[case, receptor]` each."""
         kinds = [POLLUTANTS.index(name) for name in ("NOx", "NO2", "PM2.5", "PM10")]
         length = self.place.network.length[self.place.roads].astype(np.float32)
         strength = emissions.line_strength(emitted[:, :, kinds, :], length) * 1e6  # ug/(m s), [case, period, kind, road]
-        weather = self.winds.draw(jnp.asarray(key), condition["rain"] > 0)
+        weather = self.winds.draw(jnp.asarray(key), jnp.asarray(condition["rain"]) > 0)
         unit = self.winds.unit
         shape = (*strength.shape[:3], len(self.place.receptors))
 
@@ -349,7 +349,7 @@ def _shared(residual: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Pastur 1967); above that a true variance l + s2 shows as (l + s2)(1 + s2 p / (n l)) (Baik & Silverstein 2006), solved here for l.
 
     Returns:
-      basis, orthonormal `[component, pair]`; standard deviation of the scores of recorded days, and of the rates behind them, `[component]`.
+      basis, orthonormal `[component, pair]`; standard deviations of recorded days' scores, and of the rates behind them, `[component]`.
     """
     n, p = residual.shape
     _, root, vectors = np.linalg.svd(residual / np.sqrt(n), full_matrices=False)

@@ -22,8 +22,8 @@ NO_WAY = 7200.0  # s: what a banned class "pays" for a link of the zone, so that
 # rain on freeways (from memory: not verified against the page); taken for city roads, which is an assumption.
 WET_SPEED, WET_CAPACITY = (0.98, 0.94), (0.98, 0.86)
 HEAVY_RAIN = 10.0  # mm a day from which on the second figure holds; between 0 and this, linear
-# Share of what traffic adds to PM and NO2 that one more tenth of tree cover takes away: assumption, of the order of the few per cent that
-# deposition studies find for whole cities (Nowak et al. 2006, Urban Forestry & Urban Greening 4, 115); trees in a narrow street may do harm.
+# Share of what traffic adds to PM and NO2 that one more tenth of tree cover takes away: an assumption, of the order of what deposition
+# studies find for whole cities (Nowak et al. 2006, Urban Forestry & Urban Greening 4, 115); trees in a narrow street may do harm.
 REMOVAL = {"pm": 0.02, "no2": 0.005}
 
 

@@ -1,6 +1,6 @@
 """Pictures of a city: its own roads as the base map, what flows on them, the air around them, and trips between its districts.
 
-Nothing is fetched. Changes are drawn on a scale centred on zero, from orange (less) to purple (more), which colour-blind readers tell apart.
+Nothing is fetched. Changes are drawn on a scale centred on zero, from purple (less) to orange (more), which the colour-blind tell apart.
 """
 
 import io

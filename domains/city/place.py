@@ -169,7 +169,7 @@ def _peopled(network: Network, population: float) -> Network:
 def _receptors(
     network: Network, spacing: float, zones: np.ndarray, centre: np.ndarray, radius: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A square grid of points within the radius, off the roads; the people of each of `zones` live in equal parts at those nearest to it."""
+    """A square grid of points within the radius, off the roads; the people of each of `zones` live in equal parts at those nearest it."""
     if not 50 <= spacing <= radius:
         raise BadInput(f"receptors: expected a spacing of 50 m to {radius:.0f} m, got {spacing:g}")
     steps = np.arange(-np.floor(radius / spacing), np.floor(radius / spacing) + 1) * spacing

@@ -178,7 +178,7 @@ def ask(twin: "CityTwin", scenario: CityScenario) -> CityQuestion:
     for each in fields(State):
         both = [np.asarray(getattr(case, each.name), np.float32) for case in (before, after)]
         condition[f"city_{each.name}"] = np.stack(both)[None]
-    coords = {"time": ("time", np.array([np.datetime64(_next(scenario.weekday), "ns")]))}
+    coords = {"time": ("time", np.array([_next(scenario.weekday)]).astype("datetime64[ns]"))}
     changes = [_words(each) for each in scenario.interventions]
     return CityQuestion(condition, scenario.members, coords, scenario.title, notes=_notes(scenario), changes=changes)
 

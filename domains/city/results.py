@@ -114,7 +114,8 @@ def ranges(values: np.ndarray) -> dict[str, tuple[float, float, float]]:
     base, after = values[:, 0], values[:, 1]
     relative = 100 * (after - base) / np.where(base == 0, np.inf, base)
     parts = {"base": base, "scenario": after, "change": after - base, "relative": relative}
-    return {name: (float(part.mean()), *map(float, np.percentile(part, RANGE))) for name, part in parts.items()}
+    spans = {name: np.percentile(part, RANGE) for name, part in parts.items()}
+    return {name: (float(part.mean()), float(spans[name][0]), float(spans[name][1])) for name, part in parts.items()}
 
 
 def above_limits(twin: "CityTwin", dataset: xr.Dataset) -> dict[str, np.ndarray]:
@@ -319,12 +320,10 @@ def _days(twin: "CityTwin", evaluation: Any) -> Section:
     shown = {name: each for name, each in evaluation.examples.items()}
     name = next(iter(twin.sample))
     panels = {who: np.asarray(each[name][0] if who == "truth" else each[name][0, 0]) for who, each in shown.items()}
-    caption = f"Trips between districts on the first held-out day, {twin.sample[name].long_name}: recorded, one drawn day, and one of each baseline"
+    caption = f"Trips between districts, {twin.sample[name].long_name}, on a held-out day: recorded, drawn, and of each baseline"
     return Section(
         "Days that were generated",
-        [
-            "What is learnt is how the trips between all districts vary together from day to day. The scores below judge it on held-out days."
-        ],
+        ["What is learnt is how the trips between all districts vary together; the scores below judge it on held-out days."],
         figures={caption: maps.matrices(panels)},
     )
 

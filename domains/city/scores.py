@@ -60,18 +60,18 @@ def membership(twin: "CityTwin", generated: Sample, truth: Sample, ask: Callable
 
 def baselines(twin: "CityTwin", statistics: Statistics) -> Mapping[str, Baseline]:
     """Recorded days of the same kind; and counts that are independent given the kind of day."""
-    recorded, condition = twin.days(twin._rows("train"))
-    kind = _kind(condition)
+    recorded, conditions = twin.days(twin._rows("train"))
+    kind = _kind(conditions)
     names = list(twin.sample)
 
-    def same_kind(asked: Condition, members: int, seed: int) -> Sample:
+    def same_kind(condition: Condition, members: int, seed: int) -> Sample:
         random = np.random.default_rng(seed)
-        chosen = np.stack([random.choice(np.flatnonzero(kind == one), members) for one in _known(_kind(asked), kind)], axis=1)
+        chosen = np.stack([random.choice(np.flatnonzero(kind == one), members) for one in _known(_kind(condition), kind)], axis=1)
         return {name: np.asarray(recorded[name])[chosen] for name in names}
 
-    def independent(asked: Condition, members: int, seed: int) -> Sample:
+    def independent(condition: Condition, members: int, seed: int) -> Sample:
         random = np.random.default_rng(seed)
-        root = np.asarray(jax.vmap(lambda one: twin._expected(statistics, one))(asked))  # [n, period, zone, zone]
+        root = np.asarray(jax.vmap(lambda one: twin._expected(statistics, one))(condition))  # [n, period, zone, zone]
         rate = np.maximum(root**2 - 1 / 8, 0.0)  # E sqrt(k + 3/8)^2 is about rate + 3/8 - 1/4
         counts = random.poisson(rate, (members, *rate.shape)).astype(np.float32)
         counts *= 1 - np.eye(rate.shape[-1], dtype=np.float32)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from domains.city import equilibrium
+from domains.city.interventions import MEETS, City
 from domains.city.network import Network
 from domains.city.place import stopped
 
@@ -60,11 +61,7 @@ def day(
     delay: np.ndarray,
     trips: np.ndarray,
     hours: np.ndarray,
-    free_speed: np.ndarray,
-    capacity: np.ndarray,
-    charge: np.ndarray,
-    factor: np.ndarray,
-    extra: np.ndarray,
+    city: City,
     response: Response,
     gap: float = 1e-5,
 ) -> Traffic:
@@ -73,18 +70,18 @@ def day(
     Args:
       delay: at the end of each link, s, `[link]`.
       trips: vehicles of each period, `[period, zone, zone]`. hours: that each period has, `[period]`.
-      free_speed, capacity: `[case, link]`, capacity 0 where closed. charge: s, `[case, user, link]`. factor: times the trips,
-        `[case, user, zone, zone]`. extra: vehicles, `[case, period, zone, zone]`, of users who meet every standard.
+      city: before and after, host arrays `[case, ...]`.
     """
-    wanted = trips[None, :, None] * factor[:, None]
-    wanted[:, :, 0] += extra
+    free_speed, capacity, charge = (np.asarray(part, float) for part in (city.free_speed, city.capacity, city.charge))
+    wanted = trips[None, :, None] * np.asarray(city.trips)[:, None]
+    wanted[:, :, MEETS] += city.extra
     wanted = np.maximum(wanted, 0.0) / hours[:, None, None, None]  # veh/h, [case, period, user, zone, zone]
     found, settled, unsettled = [], [], np.zeros(len(wanted))
     before: np.ndarray | None = None
     for case in range(len(wanted)):
-        there = replace(network, free_speed=free_speed[case].astype(float), capacity=np.maximum(capacity[case], 1.0).astype(float))
+        there = replace(network, free_speed=free_speed[case], capacity=np.maximum(capacity[case], 1.0))
         there = stopped(there, delay)
-        prices = np.broadcast_to(charge[case].astype(float), (len(hours), *charge[case].shape))
+        prices = np.broadcast_to(charge[case], (len(hours), *charge[case].shape))
         closed = np.broadcast_to(capacity[case] <= 0, (len(hours), network.links))
         demand = wanted[case]
         for again in range(ROUNDS if before is not None and response.sensitivity else 1):

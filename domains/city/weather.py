@@ -1,4 +1,4 @@
-"""Which weather disperses a city's traffic: some types of surface layer, how often each comes by part of the day, and what a road adds in each.
+"""The weather that disperses what traffic emits: some types of it, how often each comes by part of the day, what a road adds in each.
 
 A day has one wind direction, which turns a little from part to part, and a stability that goes with the hour. Concentrations are linear
 in emissions, so that what a unit of emission of each road adds at each receptor is computed once a type and kept.
