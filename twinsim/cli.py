@@ -245,6 +245,13 @@ def _folder(verb: str, words: list[str], kind: str = "run") -> Path:
 # ---------------------------------------------------------------- configuration
 
 
+def configuration(*words: str) -> dict[str, Any]:
+    """The resolved configuration that a command line of these words, without its verb, has: for scripts. Raises BadInput."""
+    from twinsim import run
+
+    return run.resolve(_compose(_overrides(list(words))))
+
+
 def _overrides(words: list[str]) -> list[str]:
     """Words of the command line as Hydra overrides; a word without `=` is a scenario, and brings its domain."""
     from twinsim import scenario

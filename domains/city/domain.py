@@ -250,7 +250,7 @@ class CityTwin:
         """Of each road, g/h, `[case, period, pollutant, road]`."""
         roads = self.place.roads
         length = self.place.network.length[roads].astype(np.float32)
-        speed = length / time[..., roads]  # [case, period, road]
+        speed = length[None, None] / time[..., roads]  # [case, period, road]
 
         def of_class(flow: jax.Array, speed: jax.Array, share: jax.Array) -> jax.Array:
             vehicles = Fleet(share, *(getattr(self.fleet, name) for name in ("hot", "no2", "wear", "classes", "kinds")))
@@ -289,13 +289,13 @@ class CityTwin:
         if "flow" not in sample:
             return rules
         network = self.place.network
-        free = network.length.astype(np.float32) / jnp.asarray(condition[f"{STATE}free_speed"])
+        free = network.length.astype(np.float32)[None] / jnp.asarray(condition[f"{STATE}free_speed"])
         faster = jnp.maximum(1 - jnp.asarray(sample["time"]) / free[:, None], 0.0)
         inner = np.ones(network.nodes, np.float32)
         inner[network.zone] = 0.0
         flow = jnp.asarray(sample["flow"])  # [case, period, link]
         balance = jnp.zeros((*flow.shape[:2], network.nodes)).at[..., network.end].add(flow).at[..., network.start].add(-flow)
-        astray = jnp.abs(balance * inner).max(-1) / jnp.maximum(flow.max(-1), 1.0)
+        astray = jnp.abs(balance * inner[None, None]).max(-1) / jnp.maximum(flow.max(-1), 1.0)
         return {
             **rules,
             "vehicles lost or made at a junction, share of the busiest link": jnp.maximum(jnp.max(astray) - BALANCED, 0.0),

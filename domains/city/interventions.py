@@ -85,17 +85,19 @@ def limit_speed(city: City, links: Array, limit: Array | float) -> City:
 
 def charge_cordon(city: City, entries: Array, seconds: Array | float) -> City:
     """Who drives over one of the links that lead into the cordon, `[link]` 0 or 1, pays the worth of so many seconds."""
-    return replace(city, charge=city.charge + jnp.asarray(entries, jnp.float32) * seconds)
+    return replace(city, charge=city.charge + jnp.asarray(entries, jnp.float32)[None] * seconds)
 
 
 def charge_distance(city: City, links: Array, length: Array, seconds_per_metre: Array | float) -> City:
     """A toll by distance on the links, `[link]` 0 or 1."""
-    return replace(city, charge=city.charge + jnp.asarray(links, jnp.float32) * jnp.asarray(length, jnp.float32) * seconds_per_metre)
+    metres = jnp.asarray(links, jnp.float32) * jnp.asarray(length, jnp.float32)
+    return replace(city, charge=city.charge + metres[None] * seconds_per_metre)
 
 
 def electrify(city: City, vehicles: Fleet, share: Array | float) -> City:
     """A share, 0-1, of cars and vans of every class of users runs on a battery."""
-    return replace(city, fleet=emissions.electrify(replace(vehicles, share=city.fleet), share).share)
+    of_users = jax.vmap(lambda mix: emissions.electrify(replace(vehicles, share=mix), share).share)
+    return replace(city, fleet=of_users(jnp.asarray(city.fleet)))
 
 
 def ban(city: City, vehicles: Fleet, banned: Sequence[str], links: Array, zones: Array, replaced: Array | float) -> City:
