@@ -224,6 +224,7 @@ def calibrate(
         without = search.most_probable(Counts(counts.link[~out], counts.flow[~out]), start)
         held_out[out] = without[1].flow[counts.link[out]]
         progress(done, len(parts) + 1)
+    x[np.diag_indices_from(x)] = 0.0
     return Calibration(
         matrix * np.exp(x), matrix, counts, start.flow[counts.link], found.flow[counts.link], held_out, found, objective, converged,
         response, spread,
@@ -292,7 +293,7 @@ def read_trips(path: str | os.PathLike, network: Network) -> np.ndarray:
 
 
 def draws(found: Calibration, members: int, seed: int = 0) -> np.ndarray:
-    """Matrices that are as probable as the fit leaves open, veh/h, `[member, zone, zone]`: what the counts do not tell varies as `Spread` lets it.
+    """Matrices that the counts leave open, veh/h, `[member, zone, zone]`: what they do not tell varies as `Spread` lets it.
 
     Normal in ln trips about the fit, with the flows linear there (Laplace); drawn by conditioning draws of the prior on noisy counts
     (Matheron's rule; Journel & Huijbregts 1978).
@@ -304,14 +305,15 @@ def draws(found: Calibration, members: int, seed: int = 0) -> np.ndarray:
     for member in range(members):
         wild = _wild(random, zones, found.spread)
         weight = np.linalg.solve(gram, J @ wild.ravel() + random.normal(size=J.shape[0]))
-        answer[member] = found.trips * np.exp(wild - _spread_out((J.T @ weight).reshape(zones, zones), found.spread))
+        turn = wild - _spread_out((J.T @ weight).reshape(zones, zones), found.spread)
+        answer[member] = found.trips * np.exp(np.where(np.eye(zones, dtype=bool), 0.0, turn))
     return answer
 
 
 def sensitivity(
     network: Network, trips: Demand | np.ndarray, found: Equilibrium, links: np.ndarray, sharpness: float = SHARPNESS
 ) -> sparse.csr_matrix:
-    """Vehicles more on each of `links` for a trip more between two zones, `[n, zone * zone]`; drivers turn to other ways where it gets full.
+    """Vehicles more on each of `links` for a trip more between two zones, `[n, zone * zone]`; drivers turn away from full links.
 
     Trips choose among the ways in use by a logit with sharpness in 1/s, whose constants are such that it has the flows of the
     equilibrium; the larger the sharpness, the closer to the equilibrium's own derivative (Tobin & Friesz 1988). With load A dT, T' the
@@ -397,8 +399,8 @@ def lines(found: Calibration, network: Network) -> list[str]:
     ]
     moved = found.moved
     answer.append(
-        f"trips     {moved['prior_total']:.0f} -> {moved['total']:.0f} veh/h, pairs off by a factor of {np.exp(moved['log_deviation']):.2f}, "
-        f"common part {moved['common_part']:.2f}"
+        f"trips     {moved['prior_total']:.0f} -> {moved['total']:.0f} veh/h; beyond that a pair is moved by a factor of "
+        f"{np.exp(moved['log_deviation']):.1f} (root mean square of its log), common part {moved['common_part']:.2f}"
     )
     if not found.converged:
         answer.append(
@@ -473,7 +475,7 @@ class _Search:
             step, turn = _spread_out(new_w, self.spread) - x, new_w - w
             ahead = residual + J @ step.ravel()
             promised = value - 0.5 * (ahead @ ahead + float(((x + step) * (w + turn)).sum()))
-            converged = promised <= LEAST_GAIN * value + 1e-12
+            converged = bool(promised <= LEAST_GAIN * value + 1e-12)
             if converged:
                 break
             longest = min(1.0, _LONGEST / float(np.abs(step).max(initial=1e-300)))
