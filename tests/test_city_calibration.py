@@ -260,7 +260,7 @@ def test_what_cannot_be_calibrated_is_one_sentence() -> None:
     refused("expected counted links 0 to 3, got 9", link=9)
     refused("expected a prior with trips between zones", trips=np.eye(2))
     refused(r"expected a prior \[2, 2\], one row and column a zone, got \[3, 3\]", trips=np.ones((3, 3)))
-    refused("trips from zone 1 to zone 2: expected 0 or more, got -1", trips=pair(10) - np.array([[0, 11.0], [-1, 0]]))
+    refused("prior from zone 1 to zone 2: expected trips of 0 or more, got -1", trips=pair(10) - np.array([[0, 11.0], [-1, 0]]))
     refused("expected a tolerance above 0", tolerance=0.0)
     refused("expected a spread.pair of 0 or more, got -1", spread=Spread(pair=-1))
     refused("expected 0 or 2 to 1 folds for 1 counts, got 3", folds=3)

@@ -206,6 +206,10 @@ def calibrate(
         raise BadInput(
             f"calibrate: expected a prior [{network.zones}, {network.zones}], one row and column a zone, got {list(matrix.shape)}"
         )
+    wrong_trips = np.argwhere(~(np.isfinite(matrix) & (matrix >= 0)))
+    if len(wrong_trips):
+        a, b = network.node_id[network.zone[wrong_trips[0]]]
+        raise BadInput(f"prior from zone {a} to zone {b}: expected trips of 0 or more, got {matrix[tuple(wrong_trips[0])]:g}")
     for name, value in vars(spread).items():
         if not (np.isfinite(value) and value >= 0):
             raise BadInput(f"calibrate: expected a spread.{name} of 0 or more, got {value}")
