@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _results import ROOT, keep, read, yes
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from domains.city import tntp  # noqa: E402
 from domains.city.equilibrium import equilibria, equilibrium  # noqa: E402
 from domains.city.network import Network  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "city.json"
 GAP, TIGHT, ROUGH = 1e-6, 1e-10, 1e-4
 SCENARIOS = 64
 FEWEST_TIMES_FASTER = {"SiouxFalls": 20.0, "Anaheim": 2.0, "Chicago-Sketch": 1.0}
@@ -55,16 +54,14 @@ def main() -> int:
     measured = {name: assignment(name, folder, given) for name in names}
     if "Anaheim" in names:
         measured["64 scenarios"] = batch(folder, given)
-    RESULTS.parent.mkdir(exist_ok=True)
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # other parts of the city write here too
-    RESULTS.write_text(json.dumps({**kept, "assignment": {**kept.get("assignment", {}), **measured}}, indent=1))
+    keep("city", "assignment", {**read("city").get("assignment", {}), **measured})
     print("\n".join(table(measured)))
     return 0
 
 
 def assignment(name: str, folder: Path, given: argparse.Namespace) -> dict:
     """Seconds, accuracy and the peer's, of one network."""
-    network, trips, flow = read(name, folder)
+    network, trips, flow = case(name, folder)
     unique = network.alpha * network.beta > 0
     result: dict = {}
     for gap in (GAP, TIGHT):
@@ -89,7 +86,7 @@ def assignment(name: str, folder: Path, given: argparse.Namespace) -> dict:
 
 def batch(folder: Path, given: argparse.Namespace) -> dict:
     """Seconds of many scenarios of Anaheim, trips +-30 % and tolls here and there, in one call, in as many calls, and by the peer."""
-    network, trips, _ = read("Anaheim", folder)
+    network, trips, _ = case("Anaheim", folder)
     rng = np.random.default_rng(0)
     trips = trips * rng.uniform(0.7, 1.3, (SCENARIOS, 1, 1))
     toll = 30 * rng.random((SCENARIOS, network.links)) * (rng.random((SCENARIOS, network.links)) < 0.03)
@@ -112,7 +109,7 @@ def batch(folder: Path, given: argparse.Namespace) -> dict:
     return result
 
 
-def read(name: str, folder: Path) -> tuple[Network, np.ndarray, np.ndarray]:
+def case(name: str, folder: Path) -> tuple[Network, np.ndarray, np.ndarray]:
     """Network, trips and published flows."""
     net, trips, flow = (next((folder / name).glob(f"*_{what}.tntp")) for what in ("net", "trips", "flow"))
     network = tntp.read_network(net, **WEIGHTS.get(name, {}))
@@ -158,7 +155,7 @@ def table(measured: dict) -> list[str]:
         reached = reached and (target is None or (times is not None and times >= target))
         peers = _shown(one.get("peer", {}).get("cpu_s"))
         lines.append(
-            f"| {name} | {loose['cpu_s']:.3f} | {peers} | {_shown(times)} | {_shown(target)} | {_yes(reached)}"
+            f"| {name} | {loose['cpu_s']:.3f} | {peers} | {_shown(times)} | {_shown(target)} | {yes(reached)}"
             f" | {loose['objective_error']:.1e} | {loose['flows_rmse_percent']:.4f} %"
             f" | {tight['cpu_s']:.3f} | {tight['flows_rmse_percent']:.6f} % |"
         )
@@ -175,17 +172,13 @@ def table(measured: dict) -> list[str]:
             reached = times is not None and times >= FEWEST_TIMES_FASTER_BATCH
             lines.append(
                 f"| {gap[4:]} | {one['one_call_s']:.2f} | {one['single_calls_s']:.2f} | {one['single_calls_s'] / one['one_call_s']:.1f}"
-                f" | {_shown(runs)} | {_shown(times)} | {FEWEST_TIMES_FASTER_BATCH:g} | {_yes(reached)} |"
+                f" | {_shown(runs)} | {_shown(times)} | {FEWEST_TIMES_FASTER_BATCH:g} | {yes(reached)} |"
             )
     return lines
 
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
-
-
-def _yes(reached: bool) -> str:
-    return "yes" if reached else "**no**"
 
 
 if __name__ == "__main__":

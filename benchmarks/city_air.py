@@ -22,13 +22,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from _results import ROOT, keep
 from scipy.special import erf
 
 from domains.city import dispersion, emissions
 from domains.city.dispersion import Heights, Weather
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "city_air.json"
 PARTS = ("dispersion", "speed", "emissions")
 DISTANCES = (18.0, 36.0, 48.0, 66.0, 90.0, 120.0, 180.0)
 TRACER = Heights(1.0, 1.5, 0.0)
@@ -86,9 +85,7 @@ def main() -> int:
         else:
             found = {city: bologna(data, city, given.sumo) for city in ("acosta", "pasubio")}
         print(json.dumps({part: found}, indent=1), flush=True)
-        RESULTS.parent.mkdir(exist_ok=True)
-        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps({**before, part: found}, indent=1))
+        keep("city_air", part, found)
     return 0
 
 

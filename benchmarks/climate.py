@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from _results import ROOT, keep, read, write_readme, yes
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "climate.json"
 MODEL = "twinsim"
 
 
@@ -103,16 +102,10 @@ def main() -> int:
             continue
         measured = cost(out) if task == COST else run(task, seeds, given.archive, out)
         print("\n".join(table(task, measured)), flush=True)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({**results(), task: measured}, indent=1))  # read anew: another run may have added to it
+        keep("climate", task, measured)
     if given.readme:
-        write_readme(results())
+        write_readme("results", ["", *(line for task, measured in read("climate").items() for line in table(task, measured)), "", ""])
     return 0
-
-
-def results() -> dict:
-    """What was measured so far, by task."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def run(task: str, seeds: list[int], archive: Path, out: Path) -> dict:
@@ -183,19 +176,15 @@ def cost(out: Path, blocks: int = 4, states: int = 512) -> dict:
 def _cost_table(result: dict) -> list[str]:
     state, day = result["generated_state_cpu_s"], result["simulated_day_cpu_s"]
     next_state = INDEPENDENT_DAYS * day
-    times, cheap = next_state / state, _yes(state <= DEAREST_STATE)
+    times, cheap = next_state / state, yes(state <= DEAREST_STATE)
     return [
         "\n**cost** of an independent global daily state at T31, 48 x 96 cells, seven variables generated, one core's seconds",
         "",
         "| score | twinsim | SPEEDY (jcm) | target | reached |",
         "| --- | --- | --- | --- | --- |",
         f"| CPU s a state | {state:.4f} | {next_state:.2f} ({INDEPENDENT_DAYS} days) | <= {DEAREST_STATE} | {cheap} |",
-        f"| times cheaper | {times:.0f} | 1 | >= {FEWEST_TIMES_CHEAPER:g} | {_yes(times >= FEWEST_TIMES_CHEAPER)} |",
+        f"| times cheaper | {times:.0f} | 1 | >= {FEWEST_TIMES_CHEAPER:g} | {yes(times >= FEWEST_TIMES_CHEAPER)} |",
     ]
-
-
-def _yes(reached: bool) -> str:
-    return "yes" if reached else "**no**"
 
 
 def _spent() -> float:
@@ -263,24 +252,14 @@ def table(task: str, result: dict) -> list[str]:
         value, spread = mean(result, MODEL, target.score)
         words, reached = judged(result, target)
         if np.isnan(value):
-            lines.append(f"| {target.score} | - | - | {words} | {_yes(False)} |")
+            lines.append(f"| {target.score} | - | - | {words} | {yes(False)} |")
             continue
         ideal = next(one[MODEL][target.score]["ideal"] for one in result["scores"] if target.score in one[MODEL])
         others = [who for who in result["scores"][0] if who != MODEL and target.score in result["scores"][0][who]]
         best = min(others, key=lambda who: abs(mean(result, who, target.score)[0] - ideal), default="")
         beside = f"{mean(result, best, target.score)[0]:.4g} ({best})" if best else "none"
-        lines.append(f"| {target.score} | {value:.4g} ± {spread:.2g} | {beside} | {words} | {_yes(reached)} |")
+        lines.append(f"| {target.score} | {value:.4g} ± {spread:.2g} | {beside} | {words} | {yes(reached)} |")
     return lines
-
-
-def write_readme(results: dict) -> None:
-    """Replaces what stands between the marker lines."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, _, rest = text.partition("<!-- results -->")
-    _, _, after = rest.partition("<!-- /results -->")
-    body = "\n".join(line for task, result in results.items() for line in table(task, result))
-    readme.write_text(f"{before}<!-- results -->\n{body}\n\n<!-- /results -->{after}")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from _results import ROOT, keep, read, write_readme, yes
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "engine.json"
 BATCH, SIZE, CHANNELS = 16, 32, 3
 SIZES = {
     "dit": {"width": 256, "depth": 6, "heads": 4, "patch": 4, "embedding": 256},
@@ -53,17 +52,11 @@ def main() -> int:
     os.sched_setaffinity(0, {given.core})
     for name in given.only.split(","):
         measured = loop() if name == "loop" else compare(name, given.torch, given.turns)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({**results(), name: measured}, indent=1) + "\n")  # read anew: another run may have added to it
-    print("\n".join(table(results())))
+        keep("engine", name, measured)
+    print("\n".join(table(read("engine"))))
     if given.readme:
-        write_readme(results())
+        write_readme("speed", ["", *table(read("engine")), ""])
     return 0
-
-
-def results() -> dict:
-    """What was measured so far."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 # ---------------------------------------------------------------- two programs by turns
@@ -284,9 +277,7 @@ def table(results: dict) -> list[str]:
                 continue
             ratio = measured[what]["ratio"]
             span = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-            lines.append(
-                f"| {label} | {ours} | {seconds[peer] * 1e3:.0f} ms | {span} | >= {target:g} | {_yes(ratio['median'] >= target)} |"
-            )
+            lines.append(f"| {label} | {ours} | {seconds[peer] * 1e3:.0f} ms | {span} | >= {target:g} | {yes(ratio['median'] >= target)} |")
     if "loop" in results:
         around = results["loop"]
         needed = BATCH / min((results[name]["train"]["cpu_s"]["twinsim"] for name in SIZES if name in results), default=float("nan"))
@@ -306,20 +297,8 @@ def table(results: dict) -> list[str]:
                 around["start_s"] < MOST_START_S,
             ),
         ):
-            lines.append(f"| {label} | {value} | - | - | {target} | {_yes(reached)} |")
+            lines.append(f"| {label} | {value} | - | - | {target} | {yes(reached)} |")
     return lines
-
-
-def _yes(reached: bool) -> str:
-    return "yes" if reached else "**no**"
-
-
-def write_readme(results: dict) -> None:
-    """Replaces what stands between the marker lines."""
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition("<!-- speed -->")
-    _, _, after = rest.partition("<!-- /speed -->")
-    readme.write_text("\n".join([f"{before}<!-- speed -->", "", *table(results), "", f"<!-- /speed -->{after}"]))
 
 
 if __name__ == "__main__":

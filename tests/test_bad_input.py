@@ -21,17 +21,13 @@ SECONDS = 20  # a refusal; most of it imports and the reading of a small file
 @pytest.fixture
 def here(tmp_path):
     """A folder with the toy's data and scenario."""
-    toy.write_data(tmp_path)
-    toy.write_scenario(tmp_path)
-    return tmp_path
+    return toy.place(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder in which the toy is trained."""
-    folder = tmp_path_factory.mktemp("toy")
-    toy.write_data(folder)
-    toy.write_scenario(folder)
+    folder = toy.place(tmp_path_factory.mktemp("toy"))
     assert cli.main(["train", *words(folder)]) == 0
     return folder
 

@@ -22,10 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
-    toy.write_data(folder)
-    toy.write_scenario(folder)
-    return folder
+    return toy.place(tmp_path_factory.mktemp("toy"))
 
 
 def words(folder: Path, out: str, *more: str) -> list[str]:

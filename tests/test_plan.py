@@ -49,22 +49,8 @@ def abstract_state(params):
 
 
 @pytest.fixture(scope="module")
-def quiet():
-    import contextlib
-
-    @contextlib.contextmanager
-    def progress(stage):
-        yield lambda *_: None
-
-    return progress
-
-
-@pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    toy.write_data(folder)
-    toy.write_scenario(folder)
-    return folder
+    return toy.place(tmp_path_factory.mktemp("toy"))
 
 
 # ---------------------------------------------------------------- counted by hand
@@ -151,8 +137,8 @@ def test_precision_and_rematerialisation_reach_the_parts_that_take_them():
 # ---------------------------------------------------------------- a configuration
 
 
-def test_plan_of_a_configuration(made, quiet):
-    found = plan.plan(toy.config(made, "scale.mesh.fsdp=4", "scale.hardware.devices_per_node=8"), quiet)
+def test_plan_of_a_configuration(made):
+    found = plan.plan(toy.config(made, "scale.mesh.fsdp=4", "scale.hardware.devices_per_node=8"), toy.quiet)
     assert found.devices == 8 and found.mesh == {"data": 2, "fsdp": 4, "model": 1} and (found.batch, found.rows_per_device) == (8, 1)
     assert found.storage["examples"] == 4 * 365 * (8 + 2)  # days of a year, components and the season
     assert found.storage["samples"] == 3 * 4 * 3 * 10 * 8 * 12 * 2  # as draws, data set and netCDF; members, days, cells, variables
@@ -163,24 +149,24 @@ def test_plan_of_a_configuration(made, quiet):
     assert not (made / "out").exists()  # nothing is written
 
 
-def test_what_is_there_is_used(made, quiet, tmp_path):
+def test_what_is_there_is_used(made, tmp_path):
     config = {**toy.config(made), "out": str(tmp_path)}
-    expected = plan.plan(config, quiet)
-    run.data(config, quiet)
+    expected = plan.plan(config, toy.quiet)
+    run.data(config, toy.quiet)
     folder = run.places(config).model
     folder.mkdir(parents=True)
     rates = (1.0, 80.0, 40.0, 60.0)  # the first holds the compilation
     lines = [json.dumps({"step": step, "loss": 1.0, "grad_norm": 1.0, "examples_per_s": rate}) for step, rate in enumerate(rates, 1)]
     (folder / "train.jsonl").write_text("\n".join(lines))
     (folder / "config.yaml").write_text(json.dumps(config))
-    found = plan.plan(config, quiet)
+    found = plan.plan(config, toy.quiet)
     assert found.spec == expected.spec and found.storage == expected.storage
     assert found.measured == 60.0 and found.step_s == pytest.approx((8 / 60, 8 / 60))
-    elsewhere = plan.plan({**config, "scale": {**config["scale"], "environment": {"A": "1"}}}, quiet)
+    elsewhere = plan.plan({**config, "scale": {**config["scale"], "environment": {"A": "1"}}}, toy.quiet)
     assert elsewhere.measured == 60.0 and elsewhere.step_s == expected.step_s and "not used here" in " ".join(elsewhere.notes)
 
 
-def test_what_does_not_fit_is_refused(made, quiet, capsys):
+def test_what_does_not_fit_is_refused(made, capsys):
     words = [*toy.words(made / "toy.nc", made / "out"), f"scenario={made / 'toy.yaml'}"]
     assert cli.main(["plan", *words, "scale.hardware.device_memory_gib=0.0001"]) == 2
     out, err = capsys.readouterr()
@@ -189,15 +175,15 @@ def test_what_does_not_fit_is_refused(made, quiet, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] and told["needed"] == sum(told["memory"].values()) and told["assumptions"]
     with pytest.raises(BadInput, match="batch: expected a multiple of data x fsdp = 3, got 8"):
-        plan.plan(toy.config(made, "scale.hardware.devices_per_node=3"), quiet)
+        plan.plan(toy.config(made, "scale.hardware.devices_per_node=3"), toy.quiet)
     with pytest.raises(BadInput, match="product is the 6 devices, got data=-1, fsdp=4"):
-        plan.plan(toy.config(made, "scale.hardware.devices_per_node=6", "scale.mesh.fsdp=4"), quiet)
+        plan.plan(toy.config(made, "scale.hardware.devices_per_node=6", "scale.mesh.fsdp=4"), toy.quiet)
 
 
-def test_data_that_take_long_to_make_are_not_made(quiet, tmp_path):
+def test_data_that_take_long_to_make_are_not_made(tmp_path):
     config = run.resolve(cli._compose(["domain=climate/simulate", f"out={tmp_path}"]))
     with pytest.raises(BadInput, match="truth.simulated would take long to make them: `twinsim data` first"):
-        plan.plan(config, quiet)
+        plan.plan(config, toy.quiet)
 
 
 def test_another_machine_needs_no_account(capsys, made):

@@ -219,7 +219,9 @@ def bench():
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(spec.origin or "").parent)
+        spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
 

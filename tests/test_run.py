@@ -26,11 +26,6 @@ ROOT = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager
-def quiet(stage):
-    yield lambda *_: None
-
-
-@contextlib.contextmanager
 def telling(stage):
     """A progress that fails the test: nothing is left to do."""
     raise AssertionError(f"{stage} was done again")
@@ -40,9 +35,7 @@ def telling(stage):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The folder of the toy, in which its run is made."""
-    folder = tmp_path_factory.mktemp("toy")
-    toy.write_data(folder)
-    toy.write_scenario(folder)
+    folder = toy.place(tmp_path_factory.mktemp("toy"))
     asked = []
 
     def refuse(*place, **_):
@@ -52,7 +45,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # no command touches the network: whoever tries is told on below
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(socket, "getaddrinfo", refuse)
-        run.deliver(toy.config(folder), quiet)
+        run.deliver(toy.config(folder), toy.quiet)
     assert asked == [], "the network was asked for"
     return folder
 
@@ -170,16 +163,16 @@ def test_hashes_name_what_decides_and_nothing_else(made):
 @pytest.mark.slow
 def test_precision_and_remat_of_the_scale_are_those_of_training(made, begun):
     shutil.rmtree(begun / "out" / "models")
-    plain = run.training(config(made, begun), quiet)
+    plain = run.training(config(made, begun), toy.quiet)
     shutil.rmtree(begun / "out" / "models")
-    rough = run.training(config(made, begun, "scale.precision=bfloat16", "scale.remat=true", "scale.mesh.fsdp=2"), quiet)
+    rough = run.training(config(made, begun, "scale.precision=bfloat16", "scale.remat=true", "scale.mesh.fsdp=2"), toy.quiet)
     assert rough.assemble(rough.params).net.dtype == np.float32 and not rough.assemble(rough.params).net.remat  # for drawing
     gap = [float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(rough.params), strict=True)]
     assert 1e-6 < max(gap) < 1e-2  # four steps of Adam, each at most its rate
 
 
 def test_netcdf_on_request_and_overrides_of_the_scenario(made, begun):
-    folder = run.deliver(config(made, begun, "+set.formats=[netcdf]", "+set.members=2", "+set.period.every=5"), quiet)
+    folder = run.deliver(config(made, begun, "+set.formats=[netcdf]", "+set.members=2", "+set.period.every=5"), toy.quiet)
     with xr.open_dataset(folder / "samples.nc") as written, xr.open_zarr(folder / "samples.zarr", consolidated=False) as data:
         assert dict(data.sizes)["member"] == 2 and dict(data.sizes)["time"] == 2
         np.testing.assert_array_equal(written["tas"].values, data["tas"].values)
@@ -192,7 +185,7 @@ def test_netcdf_on_request_and_overrides_of_the_scenario(made, begun):
 def test_reproduce_finds_every_value_the_same_and_a_changed_one(made, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "write", lambda path, *_, **__: path.write_text(""))  # pictures are compared by no one
     folder = folder_of(made)
-    assert run.reproduce(folder, quiet, 0.0) == []
+    assert run.reproduce(folder, toy.quiet, 0.0) == []
     changed = shutil.copytree(folder, tmp_path / "changed")
     with xr.open_zarr(folder / "samples.zarr", consolidated=False) as data:
         files.write_zarr(data.load().assign(tas=data["tas"] + 0.5).drop_encoding(), changed / "samples.zarr")
@@ -262,10 +255,10 @@ def test_a_run_broken_off_in_the_report_draws_nothing_again(made, begun, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(report, "write", broken)
         with pytest.raises(OSError, match="No space"):
-            run.deliver(settings, quiet)
+            run.deliver(settings, toy.quiet)
     monkeypatch.setattr(generate, "compute", lambda *_: pytest.fail("drawn again"))
     monkeypatch.setattr(report, "write", lambda path, *_, **__: path.write_text(""))
-    assert_same(run.deliver(settings, quiet), folder_of(made))
+    assert_same(run.deliver(settings, toy.quiet), folder_of(made))
 
 
 KILLED = """
@@ -390,7 +383,7 @@ def test_a_file_that_changed_is_named(made, begun):
     kept = next(begun.glob("out/data/*/inputs.json"))
     kept.write_text(json.dumps({str(made / "toy.nc"): "0" * 64}))
     with pytest.raises(BadInput, match="its content has changed since"):
-        run.deliver(settings, quiet)
+        run.deliver(settings, toy.quiet)
     assert data.exists()
 
 

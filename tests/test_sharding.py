@@ -33,10 +33,14 @@ STATES = 5  # arrays of the size of the parameters: they, two moments, two avera
 
 
 def outlined(net: str, sizes: dict, **options):
+    """Mesh, optimizer, `train.split`'s function and the state as shapes, types and shardings, of a net without a value."""
     module = nnx.eval_shape(lambda: Diffusion(SPEC, NETS[net], rngs=nnx.Rngs(0), **options))
     mesh = meshes.make_mesh(sizes)
     optimizer = train.adamw(1e-3, 100)
-    return mesh, optimizer, *train.outline(module, optimizer, mesh, module.rules)
+    assemble, params = train.split(module)
+    state = jax.eval_shape(partial(train.begin, optimizer=optimizer, seed=0, averages=2), params)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return mesh, optimizer, assemble, jax.tree.map(place, state, meshes.shard(state, mesh, module.rules))
 
 
 def facts(net: str, sizes: dict, rows: int = 2, **options) -> dict:

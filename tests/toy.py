@@ -1,5 +1,7 @@
 """A climate small enough for the whole chain in seconds: two variables on 8 x 12 cells, two years of days, as a NetCDF file."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,19 @@ def write_scenario(folder: Path, name: str = "toy", **changes: str) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
     return path
+
+
+def place(folder: Path) -> Path:
+    """Puts the toy's data and scenario into `folder`, and returns it."""
+    write_data(folder)
+    write_scenario(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def quiet(stage: str) -> Iterator[Callable[..., None]]:
+    """A progress that shows nothing."""
+    yield lambda *_: None
 
 
 def words(data: Path, out: Path) -> list[str]:

@@ -52,7 +52,7 @@ def build(node: Any, place: str = "", /, **given: Any) -> Any:
     _check_size(node)
     if not isinstance(node, dict) or "_target_" not in node:
         raise BadInput(f"config: expected a table with a `_target_`, got {_show(node)}")
-    for where, inner in list(_targets(node, place)):  # the whole shape first
+    for where, inner in list(targets(node, place)):  # the whole shape first
         _check_call(inner, where, given if inner is node else {})
     # Hydra would copy `given` into a config and turn tuples and dataclasses into something else: they are bound outside of it.
     try:
@@ -94,7 +94,7 @@ def check_targets(node: Any, place: str) -> None:
     _check_size(node)
     if not isinstance(node, dict) or "_target_" not in node:
         raise BadInput(f"config {place}: expected a table with a `_target_`, got {_show(node)}")
-    for where, inner in _targets(node, place):
+    for where, inner in targets(node, place):
         resolve(inner["_target_"], where)
 
 
@@ -139,7 +139,7 @@ def _check_size(node: Any) -> None:
             stack += [(inner, depth + 1) for inner in value]
 
 
-def _targets(node: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def targets(node: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every table with a `_target_`, at any depth. Raises BadInput for what no config of ours holds."""
     if isinstance(node, DictConfig | ListConfig):
         raise BadInput(f"config {place}: expected plain tables and lists, got an OmegaConf node inside of one")
@@ -156,10 +156,10 @@ def _targets(node: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if "_target_" in node:
             yield place, node
         for key, value in node.items():
-            yield from _targets(value, f"{place}.{key}" if place else key)
+            yield from targets(value, f"{place}.{key}" if place else key)
     elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
         for index, value in enumerate(node):
-            yield from _targets(value, f"{place}.{index}")
+            yield from targets(value, f"{place}.{index}")
 
 
 def _check_call(node: Mapping[str, Any], place: str, given: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 VERBS = {
     "run": "the whole chain: data, train, evaluate, generate, check, report, record",
@@ -80,28 +80,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _sentences() as outcome:
             outcome.code = _dispatch(verb, rest)
     except Exception:
-        if not _several():
+        if not (mesh := _joined()):
             raise
         traceback.print_exc()
-        _leave(1)
-    if outcome.code and _several():
-        _leave(outcome.code)
+        mesh.leave(1)
+    if outcome.code and (mesh := _joined()):
+        mesh.leave(outcome.code)
     return outcome.code
 
 
-def _several() -> bool:
-    """Whether this process has joined others."""
+def _joined() -> Any:
+    """The module `twinsim.mesh` where this process has joined others, else None."""
     if "jax" not in sys.modules:
-        return False
+        return None
     from twinsim import mesh
 
-    return mesh.processes() > 1
-
-
-def _leave(code: int) -> NoReturn:
-    from twinsim import mesh
-
-    mesh.leave(code)
+    return mesh if mesh.processes() > 1 else None
 
 
 def _dispatch(verb: str, words: list[str]) -> int:
@@ -139,13 +133,13 @@ def _one(verb: str, composed: Any, show: bool = False) -> int:
     """Runs a verb on a composed configuration."""
     import yaml
 
-    from twinsim import mesh, run
+    from twinsim import mesh, run, scale
 
     config = run.resolve(composed)
     if show:
         print(yaml.safe_dump(config, sort_keys=False), end="")
         return 0
-    mesh.start_distributed(**config["scale"].get("start", {}))
+    mesh.start_distributed(**vars(scale.read(config["scale"]).start))
     with _asked_to_stop():
         return _act(verb, config)
 
@@ -439,7 +433,7 @@ def progress(stage: str) -> Iterator[Any]:
 
     Of several processes, the first shows it.
     """
-    if not _speaks():
+    if (mesh := _joined()) and not mesh.is_first():
         yield lambda done, total, *note: None
         return
     began = time.perf_counter()
@@ -495,17 +489,9 @@ def _sentences() -> Iterator[_Outcome]:
         outcome.code = _code(error)
         if not outcome.code:
             raise
-        if not hasattr(error, "exit_code") or _speaks():  # all processes have such an error together
+        mesh = _joined()
+        if not (mesh and hasattr(error, "exit_code")) or mesh.is_first():  # all processes have such an error together
             _fail(" ".join(str(error).split()) or type(error).__name__)
-
-
-def _speaks() -> bool:
-    """Whether this process is the one that shows what all of them do."""
-    if not _several():
-        return True
-    from twinsim import mesh
-
-    return mesh.is_first()
 
 
 def _code(error: Exception) -> int:
@@ -531,7 +517,7 @@ def _asked_to_stop() -> Iterator[None]:
     def leave(*_: Any) -> None:
         raise Preempted("asked to stop; the same command goes on from the last whole state")
 
-    if _several():  # JAX listens already, and lets all processes leave at the same step
+    if _joined():  # JAX listens already, and lets all processes leave at the same step
         yield
         return
     try:

@@ -50,6 +50,8 @@ class Settings:
 
 Constrain = Callable[[Callable[[Target], Sample], Condition], Sequence[Constraint]]
 Misses = Callable[[Sample, Condition], Array]  # how far a sample is from what the question imposes; 0 = holds
+Drawn = tuple[Sample, Mapping[str, Array]]  # what a draw comes to, and how far it breaks each rule
+IMPOSED = "what the scenario imposes"
 
 
 def make_sampler(
@@ -66,38 +68,36 @@ def make_sampler(
     communication.
     """
 
-    def draw(params: Any, statistics: Statistics, key: Array, condition: Condition) -> tuple[Sample, Mapping[str, Array]]:
+    def draw(params: Any, statistics: Statistics, key: Array, condition: Condition) -> Drawn:
         model = generator(params)
         fields, scalars = domain.encode(statistics, condition)
 
         def decode(target: Target) -> Sample:
             return domain.decode(statistics, target, condition)
 
-        def attempt(number: jax.Array) -> Sample:
+        def attempt(number: jax.Array) -> Drawn:
             constraints = constrain(decode, condition) if constrain else ()
-            return decode(model.sample(fields, scalars, jax.random.fold_in(key, number), constraints))
+            sample = decode(model.sample(fields, scalars, jax.random.fold_in(key, number), constraints))
+            outcome = domain.simulate(sample, condition, key)
+            broken = dict(domain.check(outcome, condition))
+            if misses is not None:
+                broken[IMPOSED] = misses(outcome, condition)
+            return outcome, broken
 
-        sample = attempt(jnp.asarray(0))
-        if misses is not None and attempts > 1:
+        def again(carry: tuple[jax.Array, Drawn]) -> tuple[jax.Array, Drawn]:
+            number, _ = carry
+            return number + 1, attempt(number)
 
-            def again(carry: tuple[jax.Array, Sample]) -> tuple[jax.Array, Sample]:
-                number, _ = carry
-                return number + 1, attempt(number)
+        def unmet(carry: tuple[jax.Array, Drawn]) -> Array:
+            number, (_, broken) = carry
+            return (number < attempts) & (functools.reduce(jnp.maximum, broken.values()) > 0)
 
-            def unmet(carry: tuple[jax.Array, Sample]) -> Array:
-                number, latest = carry
-                broken = jax.tree.leaves(domain.check(domain.simulate(latest, condition, key), condition))
-                worst = functools.reduce(jnp.maximum, broken, misses(latest, condition))
-                return (number < attempts) & (worst > 0)
+        drawn = attempt(jnp.asarray(0))
+        if misses is None or attempts == 1:
+            return drawn
+        return jax.lax.while_loop(unmet, again, (jnp.asarray(1), drawn))[1]
 
-            _, sample = jax.lax.while_loop(unmet, again, (jnp.asarray(1), sample))
-        outcome = domain.simulate(sample, condition, key)
-        broken = dict(domain.check(outcome, condition))
-        if misses is not None:
-            broken["what the scenario imposes"] = misses(outcome, condition)
-        return outcome, broken
-
-    def tiles(params: Any, statistics: Statistics, keys: Array, condition: Condition) -> tuple[Sample, Mapping[str, Array]]:
+    def tiles(params: Any, statistics: Statistics, keys: Array, condition: Condition) -> Drawn:
         one_tile = jax.vmap(draw, in_axes=(None, None, 0, 0))
         return jax.lax.map(lambda inputs: one_tile(params, statistics, *inputs), (keys, condition))
 
@@ -124,6 +124,10 @@ class Block:
     @property
     def name(self) -> str:
         return f"{self.members.start}-{self.members.stop}:{self.items.start}-{self.items.stop}"
+
+    @property
+    def size(self) -> int:
+        return len(self.members) * len(self.items)
 
     def draws(self) -> tuple[np.ndarray, np.ndarray]:
         """Member and item of each draw, flat."""
@@ -220,13 +224,15 @@ def stream(
             write(every[0])
             done = {every[0].name}
     left = [block for block in every if block.name not in done]
+    drawn = members * items - sum(block.size for block in left)
     count = mesh.processes()
     for first in range(0, len(left), count):  # every process asks before each round whether to stop
         stop()
-        for block in left[first : first + count][mesh.process() :][:1]:
+        together = left[first : first + count]
+        for block in together[mesh.process() :][:1]:
             write(block)
-        finished = len(every) - len(left) + min(first + count, len(left))
-        progress(sum(len(b.members) * len(b.items) for b in every[:finished]), members * items)
+        drawn += sum(block.size for block in together)
+        progress(drawn, members * items)
     mesh.wait_for_all(f"{store} drawn")
     group = zarr.open_group(store / "arrays", mode="r")
     samples: dict[str, Any] = dict(sorted(_arrays(group, "sample")))
@@ -240,11 +246,9 @@ def journal_name(process: int | str) -> str:
 
 
 def _note(journal: Path, identity: str, block: Block) -> None:
-    """Adds a line to a journal, which tells first what is drawn; a line that a kill tore is cut off."""
-    whole = _read_journal(journal, identity)[1]
+    """Adds a line to a journal, which tells first what is drawn."""
     with journal.open("ab") as lines:
-        lines.truncate(whole)
-        if not whole:
+        if not lines.tell():
             lines.write(json.dumps({"identity": identity}).encode() + b"\n")
         lines.write(json.dumps({"block": block.name}).encode() + b"\n")
         lines.flush()
@@ -252,11 +256,18 @@ def _note(journal: Path, identity: str, block: Block) -> None:
 
 
 def _done_before(store: Path, identity: str, report: Callable[[str], None]) -> set[str]:
-    """The blocks in `store` that can be read back; a store of something else, or without a journal, is removed by the first process."""
-    done = {name for journal in store.glob(journal_name("*")) for name in _read_journal(journal, identity)[0]}
+    """The blocks in `store` that can be read back.
+
+    The first process makes the store fit to go on with: it cuts off the line that a kill tore, and removes a store of something
+    else, or without a journal.
+    """
+    journals = {journal: _read_journal(journal, identity) for journal in store.glob(journal_name("*"))}
+    done = {name for names, _ in journals.values() for name in names}
     if not mesh.is_first():
         return done
     if done:
+        for journal, (_, whole) in journals.items():
+            os.truncate(journal, whole)
         return _without_damage(store, done, identity, report)
     if store.exists():
         shutil.rmtree(store)

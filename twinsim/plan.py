@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,9 @@ from twinsim import mesh as meshes
 from twinsim import run, train
 from twinsim import scale as scales
 from twinsim.base import BadInput, Domain, Example, Spec
-from twinsim.build import build, resolve
+from twinsim.build import build, resolve, targets
 from twinsim.data import ExampleStore
+from twinsim.log import LINES
 
 GIB = 2**30
 # Share of the peak that a training step reaches: published trainings of large transformers reach 0.23 to 0.48 (MaxText, FMS-FSDP,
@@ -191,7 +192,8 @@ def _shapes(config: Mapping[str, Any], progress: run.Progress) -> tuple[Spec, in
     """The shape of an example, how many there are, and the bytes of the scenario's answer; None where it is not known."""
     where = run.places(config)
     store = ExampleStore(where.examples) if (where.examples / "manifest.json").exists() else None
-    made = [name for name in _target_names(config["domain"]) if getattr(resolve(name, "domain"), "makes_data", False)]
+    named = (node["_target_"] for _, node in targets(config["domain"], "domain"))
+    made = [name for name in named if getattr(resolve(name, "domain"), "makes_data", False)]
     if store is not None and made:
         return store.spec, len(store), None
     if made:
@@ -212,23 +214,12 @@ def _shapes(config: Mapping[str, Any], progress: run.Progress) -> tuple[Spec, in
 
 
 def _answer_bytes(config: Mapping[str, Any], domain: Domain) -> int | None:
-    """Bytes of the draws, the data set and its netCDF copy of the scenario that the configuration names; None without one."""
+    """Bytes of the answer to the scenario that the configuration names; None without one."""
     if config.get("scenario") is None:
         return None
     asked = run.read_scenario(config)
     question = domain.ask(asked.scenario, asked.path.parent)
-    return 3 * 4 * question.members * run.items_of(question) * math.prod(domain.shape) * len(domain.sample)
-
-
-def _target_names(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        if isinstance(node.get("_target_"), str):
-            yield node["_target_"]
-        for value in node.values():
-            yield from _target_names(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _target_names(value)
+    return run.answer_bytes(domain, question)
 
 
 def _numbers(spec: Spec) -> int:
@@ -249,17 +240,10 @@ class Module:
     """
 
     def __init__(self, make: Callable[[], nnx.Module]):
-        graphs: list[Any] = []
-
-        def parts() -> tuple[train.Params, Any]:
-            made = make()
-            graph, trained, *fixed = nnx.split(made, nnx.Param, ...)
-            graphs.append(graph)
-            self.rules: meshes.Rules = getattr(made, "rules", meshes.RULES)
-            return nnx.to_pure_dict(trained), fixed
-
-        self.params, self.fixed = jax.eval_shape(parts)
-        self.graph = graphs[0]
+        made = nnx.eval_shape(make)
+        self.graph, trained, *self.fixed = nnx.split(made, nnx.Param, ...)
+        self.params: train.Params = nnx.to_pure_dict(trained)
+        self.rules: meshes.Rules = getattr(made, "rules", meshes.RULES)
 
     def loss(self, params: train.Params, fixed: Any, example: Example, key: Any) -> Any:
         """The generator's loss of one example."""
@@ -327,7 +311,8 @@ def _bytes(tree: Any) -> int:
 
 def _batch(spec: Spec, count: int) -> Example:
     shapes = ((*spec.grid, spec.channels), (*spec.grid, spec.fields), (spec.scalars,))
-    return Example(*(jax.ShapeDtypeStruct((count, *shape), jnp.float32) for shape in shapes))  # type: ignore[arg-type]
+    arrays: list[Any] = [jax.ShapeDtypeStruct((count, *shape), jnp.float32) for shape in shapes]  # stand in for arrays
+    return Example(*arrays)
 
 
 def _limit(scale: scales.Scale, devices: int) -> tuple[int | None, list[str]]:
@@ -358,7 +343,7 @@ class Told(NamedTuple):
 def _measured(config: Mapping[str, Any], settings: train.Settings) -> tuple[float | None, Told]:
     """Examples/s of the same model as its log tells them: the median, without the first line, which holds the compilation."""
     folder = run.places(config).model
-    lines = _log(folder / "train.jsonl")
+    lines = _log(folder / LINES)
     if not lines:
         return None, Told(False, [])
     rates = [line["examples_per_s"] for line in lines][1:] or [lines[0]["examples_per_s"]]
@@ -370,7 +355,7 @@ def _measured(config: Mapping[str, Any], settings: train.Settings) -> tuple[floa
         before = None
     same = before == config["scale"]
     source = "on this scale" if same else "on another scale, so it is not used here"
-    return (rate if rate > 0 else None), Told(same, [f"{folder / 'train.jsonl'} tells {rate:.1f} examples/s, {source}", done])
+    return (rate if rate > 0 else None), Told(same, [f"{folder / LINES} tells {rate:.1f} examples/s, {source}", done])
 
 
 def _log(path: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import datetime
 import difflib
 import hashlib
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -142,11 +143,7 @@ def check(config: Config, devices: int | None = None) -> None:
     drawing_settings(config)
     if absent := [key for key in ("tile", "attempts") if key not in config["generate"]]:
         raise BadInput(f"config generate.{absent[0]}: expected a number, got nothing")
-    sizes = config["scale"].get("mesh")
-    if not isinstance(sizes, Mapping) or not all(type(size) is int for size in sizes.values()):
-        raise BadInput(f"config scale.mesh: expected a table of whole numbers, got {sizes!r}")
-    scale.read(config["scale"])
-    mesh.mesh_shape(sizes, devices or jax.device_count())
+    mesh.mesh_shape(scale.read(config["scale"]).mesh, devices or jax.device_count())
     _optimizer(config)
 
 
@@ -590,9 +587,13 @@ def _stamp(seconds: float) -> str:
 
 def _check_room(folder: Path, domain: Domain, question: Question) -> None:
     """Refuses before the first step of training what the disk or the memory cannot hold. Raises BadInput."""
-    items = items_of(question)
-    size = 4 * question.members * items * int(np.prod(domain.shape)) * len(domain.sample)
-    files.check_room(folder, 3 * size, 3 * size, f"scenario: {question.members} members of {items} items")
+    size = answer_bytes(domain, question)
+    files.check_room(folder, size, size, f"scenario: {question.members} members of {items_of(question)} items")
+
+
+def answer_bytes(domain: Domain, question: Question) -> int:
+    """Bytes of an answer: the draws, the data set and its netCDF copy, in float32."""
+    return 3 * 4 * question.members * items_of(question) * math.prod(domain.shape) * len(domain.sample)
 
 
 # ---------------------------------------------------------------- calibrate

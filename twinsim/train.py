@@ -161,15 +161,7 @@ def adamw(
 
 def made(make: Callable[[nnx.Rngs], nnx.Module], seed: int) -> nnx.Module:
     """The module that `make` gives, its values drawn by one compiled program, the same for every seed: layer after layer takes seconds."""
-    graphs: list[Any] = []
-
-    def values(key: jax.Array) -> Any:
-        graph, state = nnx.split(make(nnx.Rngs(key)))
-        graphs.append(graph)
-        return state
-
-    state = jax.jit(values)(jax.random.key(seed))
-    return nnx.merge(graphs[0], state)
+    return nnx.jit(lambda key: make(nnx.Rngs(key)))(jax.random.key(seed))
 
 
 def split(module: nnx.Module) -> tuple[Assemble, Params]:
@@ -192,16 +184,6 @@ def init(
     params = jax.device_put(params, meshes.shard(params, mesh, rules))
     shardings = meshes.shard(jax.eval_shape(fresh, params), mesh, rules)
     return assemble, jax.jit(fresh, out_shardings=shardings)(params)
-
-
-def outline(
-    module: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh, rules: meshes.Rules = meshes.RULES, averages: int = 2
-) -> tuple[Assemble, TrainState]:
-    """What `init` gives, without a value: shapes, types and shardings. `module` may itself come from `nnx.eval_shape`."""
-    assemble, params = split(module)
-    state = jax.eval_shape(partial(begin, optimizer=optimizer, seed=0, averages=averages), params)
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    return assemble, jax.tree.map(place, state, meshes.shard(state, mesh, rules))
 
 
 def begin(params: Params, optimizer: optax.GradientTransformation, seed: int, averages: int) -> TrainState:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -74,6 +75,18 @@ def parse_xml(path: str | os.PathLike, start: Start, end: Callable[[str], None] 
         parser.Parse(b"", True)
     except expat.ExpatError as error:
         raise BadInput(f"{path}: expected well-formed XML, got {error}") from None
+
+
+def number(text: str, where: str, name: str = "") -> float:
+    """A finite number written in a file. Raises BadInput, `where` and of which `name` it should have been."""
+    what = f" for {name}" if name else ""
+    try:
+        value = float(text)
+    except ValueError:
+        raise BadInput(f"{where}: expected a number{what}, got {text.strip()!r}") from None
+    if not math.isfinite(value):
+        raise BadInput(f"{where}: expected a finite number{what}, got {text.strip()}")
+    return value
 
 
 def at_most(links: int, path: str | os.PathLike) -> None:

@@ -272,15 +272,7 @@ def _points(where: str, text: str) -> list[list[float]]:
 
 def _number(where: str, row: dict[str, str], key: str, missing: float) -> float:
     text = (row.get(key) or "").strip()
-    if not text:
-        return missing
-    try:
-        value = float(text)
-    except ValueError:
-        raise BadInput(f"{where}: expected a number for {key}, got {text!r}") from None
-    if not np.isfinite(value):
-        raise BadInput(f"{where}: expected a finite number for {key}, got {text}")
-    return value
+    return files.number(text, where, key) if text else missing
 
 
 def _unit(folder: Path, config: dict[str, str], key: str, default: str) -> float:

@@ -117,7 +117,7 @@ class _Seen:
         zone = re.search(r"\+proj=utm \+zone=(\d+)", self.location.get("projParameter", ""))
         if not zone:
             return np.zeros(2), None
-        offset = [_number(f"{self.path} location", "netOffset", part) for part in self.location.get("netOffset", "0,0").split(",")]
+        offset = [files.number(part, f"{self.path} location", "netOffset") for part in self.location.get("netOffset", "0,0").split(",")]
         return -np.array(offset[:2]), int(zone[1]) * (-1 if "+south" in self.location["projParameter"] else 1)
 
 
@@ -129,7 +129,7 @@ def _for_cars(lane: Mapping[str, str]) -> bool:
 
 
 def _course(path: Path, edge: dict, a: np.ndarray, b: np.ndarray, move: np.ndarray) -> np.ndarray:
-    points = [[_number(f"{path} edge {edge['id']}", "shape", c) for c in point.split(",")[:2]] for point in edge["shape"].split()]
+    points = [[files.number(c, f"{path} edge {edge['id']}", "shape") for c in point.split(",")[:2]] for point in edge["shape"].split()]
     if len(points) < 2 or any(len(point) != 2 for point in points):
         return np.stack([a, b])
     return np.array(points) + move
@@ -138,21 +138,11 @@ def _course(path: Path, edge: dict, a: np.ndarray, b: np.ndarray, move: np.ndarr
 def _float(where: str, given: Mapping[str, str], key: str) -> float:
     if key not in given:
         raise BadInput(f"{where}: expected an attribute {key}, found none")
-    return _number(where, key, given[key])
+    return files.number(given[key], where, key)
 
 
 def _positive(where: str, given: Mapping[str, str], key: str) -> float:
     value = _float(where, given, key)
     if value <= 0:
         raise BadInput(f"{where}: expected a positive {key}, got {given[key]}")
-    return value
-
-
-def _number(where: str, key: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not np.isfinite(value):
-        raise BadInput(f"{where}: expected a finite number for {key}, got {text!r}")
     return value

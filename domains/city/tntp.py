@@ -254,14 +254,7 @@ def _zone(path: Path, number: int, word: str, zones: int) -> int:
 
 
 def _number(path: Path, number: int | None, word: str) -> float:
-    where = f"{path} line {number}" if number else f"{path} metadata"
-    try:
-        value = float(word)
-    except ValueError:
-        raise BadInput(f"{where}: expected a number, got {word.strip()!r}") from None
-    if not np.isfinite(value):
-        raise BadInput(f"{where}: expected a finite number, got {word.strip()}")
-    return value
+    return files.number(word, f"{path} line {number}" if number else f"{path} metadata")
 
 
 def _known(unit: str, known: Iterable[str], what: str) -> str:
