@@ -8,22 +8,20 @@ left out: one by one, and by place, both directions of a road at once. Writes "c
 """
 
 import argparse
-import json
 import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from _results import ROOT, keep, yes
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from domains.city.calibration import Fit, Spread, calibrate, gravity, with_zones  # noqa: E402
+from domains.city.calibration import Fit, Spread, calibrate, guessed_trips, with_zones  # noqa: E402
 from domains.city.counts import read_counts  # noqa: E402
 from domains.city.sumo_net import read_network  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "city.json"
 TARGET = 0.85  # share of counts with a GEH below 5
 ZONES = (20, 40, 60)
 
@@ -38,9 +36,7 @@ def main() -> int:
         print(f"calibration: skipped, there is no folder {folder}")
         return 0
     measured = {f"Wildau, {zones} districts": wildau(folder, zones) for zones in given.zones}
-    RESULTS.parent.mkdir(exist_ok=True)
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # other parts of the city write here too
-    RESULTS.write_text(json.dumps({**kept, "calibration": measured}, indent=1))
+    keep("city", "calibration", measured)
     print("\n".join(table(measured)))
     return 0
 
@@ -49,7 +45,7 @@ def wildau(folder: Path, zones: int) -> dict:
     """Fits of the prior, of the prior scaled and of the calibrated trips, CPU seconds of one calibration, and how far it moved."""
     network = with_zones(read_network(folder / "Netzmodell2.net.xml.gz"), zones)
     counts = read_counts(folder / "edgedata-file_Wildau.xml", network)
-    prior = gravity(network)
+    prior = guessed_trips(network)
     began = time.process_time()
     calibrate(network, prior, counts, folds=0)
     seconds = time.process_time() - began
@@ -84,7 +80,7 @@ def table(measured: dict) -> list[str]:
     for name, one in measured.items():
         fits = {key: fit for key, fit in one.items() if isinstance(fit, dict) and "GEH below 5" in fit}
         shown = {key: f"{fit['GEH below 5']:.0%} ({fit['RMSE percent']:.0f})" for key, fit in fits.items()}
-        reached = "yes" if one["calibrated"]["GEH below 5"] >= TARGET else "**no**"
+        reached = yes(one["calibrated"]["GEH below 5"] >= TARGET)
         held = [", ".join(shown[f"{key}, held out {how}"] for key in ("prior scaled", "calibrated")) for how in ("one by one", "by place")]
         lines.append(
             f"| {name} | {one['cpu_s']:.2f} | {shown['prior']} | {shown['prior scaled']} | {shown['calibrated']} | {TARGET:.0%} | {reached}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from domains.city import gmns
-from domains.city.calibration import Spread, calibrate, draws, fit, geh, gravity, read_trips, sensitivity, with_zones
+from domains.city.calibration import Spread, calibrate, draws, fit, geh, guessed_trips, read_trips, sensitivity, with_zones
 from domains.city.counts import Counts, read_counts
 from domains.city.equilibrium import equilibrium
 from domains.city.network import Network, build
@@ -45,7 +45,7 @@ def counted(network: Network, trips: np.ndarray, links: np.ndarray) -> Counts:
 def town() -> tuple[Network, np.ndarray]:
     """A small city and congested trips in it."""
     network = city(seed=3, districts=5, towns=2, radius=2000, block=600).network
-    trips = gravity(network).trips
+    trips = guessed_trips(network).trips
     return network, trips * 4000 / trips.sum()
 
 
@@ -173,7 +173,7 @@ def test_draws_vary_as_the_counts_leave_it_open() -> None:
 def test_gravity_keeps_the_trip_ends() -> None:
     network, _ = town()
     assert network.population is not None and network.jobs is not None
-    trips, ends = gravity(network).trips, 0.1 * (network.population + network.jobs)
+    trips, ends = guessed_trips(network).trips, 0.1 * (network.population + network.jobs)
     np.testing.assert_allclose(trips.sum(0), ends, rtol=1e-6)
     np.testing.assert_allclose(trips.sum(1), ends, rtol=1e-3)
     assert (np.diag(trips) == 0).all()
@@ -204,7 +204,7 @@ def test_counts_are_read_from_every_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("link,count\n1,nan\n", "line 2: link 1: expected a count of 0 or more veh/h, got nan"),
+        ("link,count\n1,nan\n", "line 2: expected a finite number for count, got nan"),
         ("link,count\n1,-3\n", "link 1: expected a count of 0 or more veh/h, got -3"),
         ("link,count\n1,many\n", "line 2: expected a number for count, got 'many'"),
         ("link,count\nhigh street 1,5\n", "the network has no link 'high street 1'; did you mean 'high street'"),
@@ -284,7 +284,7 @@ def test_wildaus_real_counts_are_met() -> None:
     assert len(counts.link) == 18
     measured = read_counts(WILDAU / "cadyts" / "measurements.xml", network)
     np.testing.assert_allclose(measured.flow, counts.flow, rtol=0.02)  # the same counts, of an interval that is 90 s longer
-    found = calibrate(network, gravity(network), counts, folds=0)
+    found = calibrate(network, guessed_trips(network), counts, folds=0)
     assert found.before.share < 0.6 < 0.85 <= found.after.share
     assert found.converged
 

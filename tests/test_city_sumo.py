@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 from domains.city import sumo, sumo_net
-from domains.city.calibration import gravity
+from domains.city.calibration import guessed_trips
 from domains.city.equilibrium import Paths, equilibrium
 from domains.city.network import Network, build, turns
 from domains.city.synthetic import city
@@ -40,7 +40,7 @@ def crossing() -> Network:
 
 def town(trips: float) -> tuple[Network, np.ndarray]:
     network = city(seed=3, districts=5, towns=2, radius=2000, block=600).network
-    shape = gravity(network).trips
+    shape = guessed_trips(network).trips
     return network, shape * trips / shape.sum()
 
 

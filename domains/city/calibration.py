@@ -30,6 +30,7 @@ from scipy.spatial import cKDTree
 
 from domains.city import files, gmns, simplify, tntp
 from domains.city.counts import Counts, read_counts
+from domains.city.demand import cpc
 from domains.city.equilibrium import Equilibrium, equilibrium
 from domains.city.network import Demand, Network, reached, turns
 from domains.city.readers import read_network
@@ -144,7 +145,7 @@ class Calibration:
             "total": float(trips.sum()),
             "factor": float(factor),
             "log_deviation": float(np.sqrt(np.average(log**2, weights=trips))),
-            "common_part": float(np.minimum(trips, factor * prior).sum() / trips.sum()),
+            "common_part": cpc(trips, factor * prior),
         }
 
 
@@ -163,7 +164,7 @@ def fit(modelled: np.ndarray, counted: np.ndarray) -> Fit:
     return Fit(each, float((each < GEH_GOOD).mean()), rmse, 1 - float((error**2).sum()) / spread if spread > 0 else float("nan"))
 
 
-def gravity(network: Network, *, tau: float = 600.0) -> Demand:
+def guessed_trips(network: Network, *, tau: float = 600.0) -> Demand:
     """Trips of an hour by a doubly constrained gravity model: a_i b_j exp(-t_ij / tau), `tau` in s, t_ij the time on empty roads.
 
     Trips that start and end in a zone follow from what is known of it: `HOURLY` of each person and job; or else, as a guess by which
@@ -173,7 +174,9 @@ def gravity(network: Network, *, tau: float = 600.0) -> Demand:
     ends = _trip_ends(network)
     way = reached(network) & ~np.eye(network.zones, dtype=bool) & (ends[:, None] > 0) & (ends > 0)
     if not way.any():
-        raise BadInput(f"gravity: expected zones with people, jobs or streets and ways between them, got none among {network.zones} zones")
+        raise BadInput(
+            f"gravity prior: expected people, jobs or streets in zones with ways between them, got none in {network.zones}"
+        )
     time = equilibrium(network, 1e-9 * way, iterations=1, gap=1.0).cost[0]
     trips = np.where(way, np.exp(-np.where(way, time, 0.0) / tau), 0.0)
     for _ in range(100):  # ends with the columns kept; where the rows cannot be as well, they are nearly
@@ -259,7 +262,7 @@ def calibrate_files(
         raise BadInput(f"spread: expected some of {known}, got {unknown[0]}")
     roads = with_zones(read_network(network), zones)
     counted = read_counts(counts, roads, hour)
-    matrix = gravity(roads) if prior == "gravity" else read_trips(prior, roads)
+    matrix = guessed_trips(roads) if prior == "gravity" else read_trips(prior, roads)
     found = calibrate(roads, matrix, counted, spread=Spread(**(spread or {})), tolerance=tolerance, folds=folds, progress=progress)
     return _write(found, roads, prior, Path(folder))
 
@@ -665,7 +668,7 @@ def _trip_ends(network: Network) -> np.ndarray:
     if not len(district):
         return answer
     if not network.has_map:
-        raise BadInput("gravity: expected people, jobs or a map in the network, by which trips are guessed, got none of them")
+        raise BadInput("gravity prior: expected people, jobs or a map in the network, by which trips are guessed, got none of them")
     middle = np.stack([network.x, network.y], 1)
     _, nearest = cKDTree(middle[network.zone[district]]).query((middle[network.start[street]] + middle[network.end[street]]) / 2)
     answer[district] = PER_STREET / 2 * np.bincount(nearest, network.length[street] / 1000, len(district))  # a street has two sides

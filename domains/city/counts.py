@@ -62,7 +62,7 @@ def read_counts(path: str | os.PathLike, network: Network, hour: int | None = No
     index = {str(one): k for k, one in enumerate(network.link_id)}
     seen: dict[int, _Row] = {}
     for row in rows:
-        if not (np.isfinite(row.flow) and row.flow >= 0):
+        if row.flow < 0:
             raise BadInput(f"{row.where}: link {row.link}: expected a count of 0 or more veh/h, got {row.flow:g}")
         if row.link not in index:
             raise BadInput(f"{row.where}: the network has no link {row.link!r}{_nearest(row.link, list(index))}")
@@ -83,7 +83,7 @@ def _of_xml(path: Path) -> list[_Row]:
     interval: list[float] = []
 
     def seconds(where: str, given: Mapping[str, str], begin: str, end: str) -> list[float]:
-        both = [_number(where, given.get(key, ""), key) for key in (begin, end)]
+        both = [files.number(given.get(key, ""), where, key) for key in (begin, end)]
         if not both[0] < both[1]:
             raise BadInput(f"{where}: expected {begin} before {end}, s, got {both[0]:g} and {both[1]:g}")
         return both
@@ -98,7 +98,7 @@ def _of_xml(path: Path) -> list[_Row]:
             key = "entered" if "entered" in given else "count"
             if key not in given:
                 raise BadInput(f"{where}: expected an attribute entered (or count), vehicles, got {', '.join(given)}")
-            rows.append(_Row(where, link, _number(where, given[key], key) * 3600 / (interval[1] - interval[0]), interval[0] // 3600))
+            rows.append(_Row(where, link, files.number(given[key], where, key) * 3600 / (interval[1] - interval[0]), interval[0] // 3600))
         elif tag == "singlelink":
             link, kind = given.get("link", ""), given.get("type", "")
             where = f"{path} link {link}"
@@ -106,7 +106,7 @@ def _of_xml(path: Path) -> list[_Row]:
             if kind not in ("COUNT_VEH", "FLOW_VEH_H"):
                 raise BadInput(f"{where}: expected type COUNT_VEH or FLOW_VEH_H, got {kind!r}")
             per_hour = 3600 / (end - begin) if kind == "COUNT_VEH" else 1.0
-            rows.append(_Row(where, link, _number(where, given.get("value", ""), "value") * per_hour, begin // 3600))
+            rows.append(_Row(where, link, files.number(given.get("value", ""), where, "value") * per_hour, begin // 3600))
 
     files.parse_xml(path, start)
     if roots and roots[0] not in ("meandata", "measurements", "data"):
@@ -133,7 +133,7 @@ def _of_csv(path: Path, network: Network) -> Iterator[_Row]:
                 raise BadInput(f"{where}: expected {len(columns)} values, got another number of them")
             hour = row.get("hour", "").strip()
             link = row[named].strip() if named else _between(where, ends, row["from_node_id"].strip(), row["to_node_id"].strip(), network)
-            yield _Row(where, link, _number(where, row["count"], "count"), _number(where, hour, "hour") if hour else None)
+            yield _Row(where, link, files.number(row["count"], where, "count"), files.number(hour, where, "hour") if hour else None)
     except csv.Error as error:
         raise BadInput(f"{path} line {reader.line_num}: expected CSV, got: {error}") from None
 
@@ -154,10 +154,3 @@ def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     close += [one for one in known if name and name in one and one not in close][: 3 - len(close)]
     return f"; did you mean {', '.join(map(repr, close))}?" if close else f", nor one of its {len(known)} that is like it"
-
-
-def _number(where: str, text: str, key: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise BadInput(f"{where}: expected a number for {key}, got {text!r}") from None
