@@ -61,10 +61,10 @@ class Spread:
     """
 
     level: float = 1.0
-    zone: float = 0.7
-    end: float = 0.2
+    zone: float = 0.4
+    end: float = 0.1
     pair: float = 0.4
-    way: float = 0.2
+    way: float = 0.1
 
     @classmethod
     def level_only(cls, level: float = 3.0) -> "Spread":
