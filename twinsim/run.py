@@ -11,6 +11,7 @@ What can be wrong with the configuration or the scenario is looked for before an
 
 import contextlib
 import datetime
+import difflib
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -594,6 +595,72 @@ def _check_room(folder: Path, domain: Domain, question: Question) -> None:
 def answer_bytes(domain: Domain, question: Question) -> int:
     """Bytes of an answer: the draws, the data set and its netCDF copy, in float32."""
     return 3 * 4 * question.members * items_of(question) * math.prod(domain.shape) * len(domain.sample)
+
+
+# ---------------------------------------------------------------- calibrate
+
+
+def beside(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The values of a YAML file from outside, with the names of files that lie beside it made paths."""
+    answer = {key: beside(value, file) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for key, value in answer.items():
+        if isinstance(value, str) and value and not Path(value).is_absolute() and (file.parent / value).exists():
+            answer[key] = str(file.parent / value)
+    return answer
+
+
+def calibration(base: DictConfig, given: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+    """A choice of conf/calibrate with values set, those of NAME=VALUE words last; and the folder that `out` names. Raises BadInput."""
+    values = _dotted(given)
+    try:
+        for word in words:
+            values |= _dotted(OmegaConf.to_container(OmegaConf.from_dotlist([word])))  # type: ignore[arg-type]
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise BadInput(f"calibrate: expected NAME=VALUE, got {word!r}: {str(error).splitlines()[0]}") from None
+    out = values.pop("out", None)
+    if out is not None and (not isinstance(out, str) or not out):
+        raise BadInput(f"calibrate: out: expected the name of a folder, got {out!r}")
+    known = [key for key in _dotted(OmegaConf.to_container(base, resolve=False)) if key != "_target_"]  # type: ignore[arg-type]
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, [*known, "out"], n=1)
+            hint = f"did you mean {close[0]}? There are" if close else "there are"
+            raise BadInput(f"calibrate: no value is called {key}, {hint} {', '.join([*known, 'out'])}")
+        OmegaConf.update(base, key, value)
+    return resolve(base), out
+
+
+def calibrate(name: str, config: Config, folder: Path, progress: Progress) -> list[str]:
+    """Lets the target of a choice of conf/calibrate fit what it fits, in a new folder that appears when it is whole; gives its summary.
+
+    The target is called with the folder to write into, and a function (done, total) to tell how far it is; it returns lines of text.
+    """
+    began = time.time()
+    check_targets(config, "calibrate")
+    if folder.exists():
+        raise BadInput(f"{folder}: expected the name of a new folder as out=, there is one already")
+    try:
+        with files.whole(folder) as unfinished, progress("calibrate") as update:
+            lines = [str(line) for line in build(config, "calibrate", folder=unfinished, progress=update)]
+            files.write_text(unfinished / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+            read = {key: Path(value) for key, value in config.items() if isinstance(value, str) and key != "_target_"}
+            given = {key: path for key, path in read.items() if path.exists()}
+            facts = record.Facts(
+                title=f"calibration {name}",
+                description=lines[0] if lines else name,
+                command=" ".join(["twinsim calibrate", name, *(f"{key}={value}" for key, value in given.items())]),
+                config="config.yaml",
+                config_hash=_hash(config),
+                seed=0,
+                started=_stamp(began),
+                ended=_stamp(time.time()),
+                inputs=[record.Input(key, str(path), "not stated", *_digest(path)) for key, path in given.items()],
+            )
+            record.write(unfinished, facts)
+    except BaseException:
+        shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+        raise
+    return lines
 
 
 # ---------------------------------------------------------------- again
