@@ -306,6 +306,29 @@ def test_what_holds_before_and_after_changes_both(twin):
     np.testing.assert_allclose(extra.sum((2, 3))[0], [0, 0, 500, 500], rtol=1e-5)  # two in a car; they come, and leave
 
 
+def test_days_are_drawn_that_agree_with_a_count(twin, network):
+    """The counted flow lies two standard deviations above the usual one; guided draws have it, in an equilibrium of their own."""
+    statistics = twin.fit()
+    modest = {"do": "modal_shift", "share": 0.1}
+    outcome, _, _ = simulated(twin, scenario(modest), 4)
+    usual = np.asarray(outcome["flow"])[:, 0, 1]  # by day
+    link = int(usual.mean(0).argmax())
+    wanted = float(usual[:, link].mean() * 1.08)
+    counted = {"link": str(network.link_id[link]), "period": "day", "vehicles": wanted, "error": wanted / 100}
+    question = twin.ask(scenario(modest, counts=[counted]), None)
+    condition = {name: jnp.asarray(value[0]) for name, value in question.condition.items()}
+    decode = lambda target: twin.decode(statistics, target, condition)  # noqa: E731
+    (observed,) = question.constrain(decode, condition)
+    mean_day = jnp.zeros((1, len(statistics["scale"])))
+    gradient = jax.grad(lambda target: observed.operator(target)[0])(mean_day)
+    towards = gradient * (wanted - observed.operator(mean_day)[0]) / jnp.sum(gradient**2)
+    for target, agrees in ((mean_day, False), (towards, True)):
+        made = twin.simulate(decode(target), condition, jax.random.key(0))
+        assert (float(question.misses(made, condition)) == 0) is agrees
+    with pytest.raises(BadInput, match="counts: link 'nowhere': the network has none of that name"):
+        twin.ask(scenario(modest, counts=[{**counted, "link": "nowhere"}]), None)
+
+
 # ---------------------------------------------------------------- what is written
 
 

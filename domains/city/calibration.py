@@ -174,9 +174,7 @@ def guessed_trips(network: Network, *, tau: float = 600.0) -> Demand:
     ends = _trip_ends(network)
     way = reached(network) & ~np.eye(network.zones, dtype=bool) & (ends[:, None] > 0) & (ends > 0)
     if not way.any():
-        raise BadInput(
-            f"gravity prior: expected people, jobs or streets in zones with ways between them, got none in {network.zones}"
-        )
+        raise BadInput(f"gravity prior: expected people, jobs or streets in zones with ways between them, got none in {network.zones}")
     time = equilibrium(network, 1e-9 * way, iterations=1, gap=1.0).cost[0]
     trips = np.where(way, np.exp(-np.where(way, time, 0.0) / tau), 0.0)
     for _ in range(100):  # ends with the columns kept; where the rows cannot be as well, they are nearly

@@ -85,9 +85,9 @@ class CityTwin:
         if self.value_of_time <= 0:
             raise BadInput(f"{self.name}: value_of_time: expected euro/h above 0, got {self.value_of_time}")
         for split in ("train", "test"):
-            if split not in self.splits or not len(self._rows(split)):
+            if split not in self.splits or not len(self.rows(split)):
                 raise BadInput(f"split {split}: selects no day of the record, which goes from {self._extent()}")
-        shared = np.intersect1d(self._rows("train"), self._rows("test"))
+        shared = np.intersect1d(self.rows("train"), self.rows("test"))
         if len(shared):
             raise BadInput(f"splits: train and test share {len(shared)} days, expected none")
 
@@ -126,7 +126,8 @@ class CityTwin:
 
     # ------------------------------------------------------------ truth
 
-    def _rows(self, split: str) -> np.ndarray:
+    def rows(self, split: str) -> np.ndarray:
+        """Positions of a split's days in the record, in order. Raises BadInput."""
         if split not in self.splits:
             if split == "validation":
                 return np.array([], int)
@@ -140,7 +141,7 @@ class CityTwin:
         return f"{date[0]} to {date[-1]}" if len(date) else "nowhere to nowhere"
 
     def source(self, split: str) -> "Recorded":
-        return Recorded(self, self._rows(split))
+        return Recorded(self, self.rows(split))
 
     def days(self, rows: np.ndarray) -> tuple[Sample, Condition]:
         """Recorded days and their conditions, `[n, ...]`."""
@@ -158,7 +159,7 @@ class CityTwin:
         return jnp.concatenate([jax.nn.one_hot(weekday, 7), jnp.stack([jnp.minimum(rain, 3.0), (rain > 0).astype(jnp.float32)])])
 
     def fit(self) -> Statistics:
-        sample, condition = self.days(self._rows("train"))
+        sample, condition = self.days(self.rows("train"))
         root = np.sqrt(np.stack([sample[name] for name in NAMES], axis=1) + ANSCOMBE)  # [day, period, zone, zone]
         features = np.asarray(jax.vmap(self._features)(condition), np.float64)
         ridge = features.T @ features + 1e-3 * np.eye(features.shape[1])
@@ -177,7 +178,7 @@ class CityTwin:
         return jnp.tensordot(self._features(condition), jnp.asarray(statistics["mean"]), 1)
 
     def spec(self, statistics: Statistics | None = None) -> Spec:
-        most = min(len(self._rows("train")) - 1, len(PERIODS) * self.shape[0] ** 2)
+        most = min(len(self.rows("train")) - 1, len(PERIODS) * self.shape[0] ** 2)
         return Spec((1,), most if statistics is None else len(statistics["scale"]), 0, FEATURES, (False,))
 
     def examples(self, statistics: Statistics, split: str = "train", block: int = 128) -> Iterator[Example]:
@@ -187,7 +188,7 @@ class CityTwin:
             return Example((score / statistics["scale"])[None], *self.encode(statistics, condition))
 
         encode = jax.jit(jax.vmap(example))
-        rows = self._rows(split)
+        rows = self.rows(split)
         for first in range(0, len(rows), block):
             yield jax.tree.map(np.asarray, encode(*self.days(rows[first : first + block])))
 
@@ -311,7 +312,7 @@ class CityTwin:
         return questions.ask(self, scenario)
 
     def exam(self, members: int, most: int | None = None) -> tuple[Question, Sample]:
-        rows = self._rows("test")
+        rows = self.rows("test")
         if most is not None and len(rows) > most:
             rows = rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]
         truth, condition = self.days(rows)

@@ -1,17 +1,21 @@
 """City scenarios: the schema of a scenario file, and how a list of interventions becomes the city before and after."""
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import pydantic
 
 from domains.city import interventions
-from domains.city.days import PERIODS, WEEKDAYS
+from domains.city.days import LENGTHS, PERIODS, WEEKDAYS
+from domains.city.equilibrium import Paths, equilibria
 from domains.city.interventions import City as State
 from domains.city.network import check, reached, select
-from twinsim.base import BadInput, Question
+from domains.city.place import stopped
+from twinsim.base import Array, BadInput, Condition, Constraint, Observation, Question, Sample, Target
 from twinsim.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -133,6 +137,15 @@ Intervention = Annotated[
 ]
 
 
+class Count(_Part):
+    """What was counted on a link in one part of the day, vehicles an hour, with its standard error: days are drawn that agree with it."""
+
+    link: str
+    period: Literal["morning", "day", "evening", "night"]
+    vehicles: float = pydantic.Field(ge=0, le=1e5)
+    error: float = pydantic.Field(gt=0, le=1e5)
+
+
 class CityScenario(Scenario):
     """A question to a city twin; `members` are the days that are sampled.
 
@@ -141,12 +154,14 @@ class CityScenario(Scenario):
       rain: mm, on every sampled day, before and after the change.
       both: interventions that hold before and after: an event that takes place in any case.
       interventions: the change, made in this order.
+      counts: what was counted before the change.
     """
 
     weekday: Literal["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"] = "Wednesday"
     rain: float = pydantic.Field(default=0.0, ge=0, le=200)
     both: list[Intervention] = pydantic.Field(default=[], max_length=50)
     interventions: list[Intervention] = pydantic.Field(min_length=1, max_length=50)
+    counts: list[Count] = pydantic.Field(default=[], max_length=60)
     formats: list[Literal["netcdf", "geojson", "geopackage", "ngsi-ld", "gmns"]] = []  # type: ignore[assignment]
 
 
@@ -180,7 +195,60 @@ def ask(twin: "CityTwin", scenario: CityScenario) -> CityQuestion:
         condition[f"city_{each.name}"] = np.stack(both)[None]
     coords = {"time": ("time", np.array([_next(scenario.weekday)]).astype("datetime64[ns]"))}
     changes = [_words(each) for each in scenario.interventions]
-    return CityQuestion(condition, scenario.members, coords, scenario.title, notes=_notes(scenario), changes=changes)
+    constrain, misses = _counted(twin, scenario, before) if scenario.counts else (None, None)
+    return CityQuestion(condition, scenario.members, coords, scenario.title, constrain, misses, _notes(scenario), changes)
+
+
+def _counted(twin: "CityTwin", scenario: CityScenario, before: State) -> tuple[Any, Any]:
+    """Guidance to days that agree with the counts, and how far a simulated day misses them, veh/h beyond three standard errors.
+
+    Guidance knows which share of each pair's trips uses a link from the equilibrium of a mean day; the judge is the day's own.
+    """
+    network = twin.place.network
+    known = {str(name): index for index, name in enumerate(network.link_id)}
+    for each in scenario.counts:
+        if each.link not in known:
+            close = ", ".join(difflib.get_close_matches(each.link, list(known), n=3, cutoff=0.1))
+            raise BadInput(
+                f"scenario {scenario.title!r}: counts: link {each.link!r}: the network has none of that name; near it are {close}"
+            )
+    link = np.array([known[each.link] for each in scenario.counts])
+    period = np.array([PERIOD_NAMES.index(each.period) for each in scenario.counts])
+    value, error = (np.array([getattr(each, name) for each in scenario.counts], np.float32) for name in ("vehicles", "error"))
+    sample, kind = twin.days(twin.rows("train"))
+    alike = np.asarray(kind["weekday"]) == WEEKDAYS.index(scenario.weekday)
+    usual = np.stack([np.asarray(values)[alike].mean(0) for values in sample.values()]) * np.asarray(before.trips)[interventions.MEETS]
+    there = stopped(
+        replace(network, free_speed=np.asarray(before.free_speed, float), capacity=np.maximum(before.capacity, 1.0)), twin.place.delay
+    )
+    settled = equilibria(there, usual / LENGTHS[:, None, None], 1e-4)
+    share = np.stack([_shares(settled[p].paths, one, network.zones) for p, one in zip(period, link, strict=True)])  # [count, zone, zone]
+    per_hour = (share / LENGTHS[period][:, None, None]).astype(np.float32)
+    names = list(twin.sample)
+
+    def constrain(decode: Callable[[Target], Sample], condition: Condition) -> list[Constraint]:
+        def flows(target: Target) -> Array:
+            trips = jnp.stack([jnp.asarray(decode(target)[names[p]]) for p in period])
+            return (trips * per_hour).sum((1, 2))
+
+        return [Observation(flows, value, error)]
+
+    def misses(sample: Sample, condition: Condition) -> Array:
+        if "flow" not in sample:  # a day that no traffic was simulated for
+            return jnp.zeros(())
+        flow = jnp.asarray(sample["flow"])[0, period, link]
+        return jnp.maximum(jnp.max(jnp.abs(flow - value) - 3 * error), 0.0)
+
+    return constrain, misses
+
+
+def _shares(paths: Paths, link: int, zones: int) -> np.ndarray:
+    """The share of each pair's trips that uses a link, `[zone, zone]`; 0 for a pair without trips."""
+    uses = paths.links[:, [link]].toarray()[:, 0] > 0
+    total, over = np.zeros((zones, zones)), np.zeros((zones, zones))
+    np.add.at(total, (paths.origin, paths.destination), paths.flow)
+    np.add.at(over, (paths.origin[uses], paths.destination[uses]), paths.flow[uses])
+    return over / np.maximum(total, 1e-12)
 
 
 def _changed(twin: "CityTwin", state: State, wanted: Sequence[Any]) -> State:
@@ -306,6 +374,8 @@ def _words(each: Any) -> str:
 def _notes(scenario: CityScenario) -> list[str]:
     """What a reader must know of the interventions asked for."""
     notes = []
+    if scenario.counts:
+        notes.append("Days are drawn to agree with the counts given; days on which they were otherwise are not in the ranges.")
     kinds = {each.do for each in [*scenario.both, *scenario.interventions]}
     if "greening" in kinds:
         notes.append(

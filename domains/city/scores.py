@@ -46,7 +46,7 @@ def score(twin: "CityTwin", generated: Sample, truth: Sample, condition: Conditi
 
 def membership(twin: "CityTwin", generated: Sample, truth: Sample, ask: Callable[[Question], Sample]) -> Score:
     """Whether draws betray the recorded days the model was trained on; 0.5 is a guess."""
-    rows = twin._rows("train")
+    rows = twin.rows("train")
     held_out = len(next(iter(truth.values())))
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), held_out)).round().astype(int)]
     recorded, condition = twin.days(rows)
@@ -60,7 +60,7 @@ def membership(twin: "CityTwin", generated: Sample, truth: Sample, ask: Callable
 
 def baselines(twin: "CityTwin", statistics: Statistics) -> Mapping[str, Baseline]:
     """Recorded days of the same kind; and counts that are independent given the kind of day."""
-    recorded, conditions = twin.days(twin._rows("train"))
+    recorded, conditions = twin.days(twin.rows("train"))
     kind = _kind(conditions)
     names = list(twin.sample)
 
