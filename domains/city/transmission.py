@@ -35,7 +35,9 @@ _FAR = 1e9  # s, to where there is no way
 _CUT = 0.01  # of the best way's weight: a way that is worth less is not taken, so that nobody waits for a turn that nearly nobody makes
 _LONE = 1e-3  # share of a link's vehicles below which those for a full link hold up the others ever less
 _SLOWEST = 0.05  # of capacity: a queue is not believed to clear slower than this
-_MERGE = 0.01  # of all rows: so much padding is accepted to treat two kinds of nodes together
+_NOBODY = 1e-7  # vehicles: fewer are none; whose reciprocal squared float32 still holds
+_ROUNDS = 4  # in which links into a node stop sending, each for one reason; those that have not by then stop at the next
+_MERGE = 0.05  # of all rows: so much padding is accepted to treat two kinds of nodes together
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class Run:
             after = jnp.clip(index, 1, len(left) - 1)
             low, high = left[after - 1], left[after]
             share = (entered - low) / jnp.where(high > low, high - low, 1.0)
-            inside = after - 1 + jnp.clip(share, 0.0, 1.0)
+            inside = (after - 1).astype(left.dtype) + jnp.clip(share, 0.0, 1.0)
             beyond = jnp.maximum(entered - left[-1], 0.0) / (capacity * self.dt)
             now = jnp.arange(len(left), dtype=left.dtype)
             return jnp.maximum((inside + beyond - now) * self.dt, free)
@@ -241,7 +243,12 @@ def plan(
     if memory < 0:
         raise BadInput(f"memory: expected 0 cohorts or more, got {memory}")
     wave = np.broadcast_to(np.asarray(wave_speed, float), network.links).copy()
-    for name, of_link in (("length", network.length), ("free speed", network.free_speed), ("capacity", network.capacity), ("wave speed", wave)):
+    for name, of_link in (
+        ("length", network.length),
+        ("free speed", network.free_speed),
+        ("capacity", network.capacity),
+        ("wave speed", wave),
+    ):
         _refuse(network, name, of_link)
     usual = np.minimum(network.free_speed, FASTEST)
     crossing = network.length / np.maximum(network.free_speed, wave)
@@ -261,7 +268,7 @@ def plan(
         )
     speed = np.minimum(network.free_speed, np.maximum(network.length / dt, FASTEST))
     length = np.maximum(network.length, np.maximum(speed, wave) * dt)
-    density = network.capacity / speed + network.capacity / wave if jam_density is None else np.asarray(jam_density, float)
+    density = network.capacity / 3600 * (1 / speed + 1 / wave) if jam_density is None else np.asarray(jam_density, float)
     _refuse(network, "jam density", density)
     ends = np.arange(network.zones) if destinations is None else np.unique(np.asarray(destinations, np.int64))
     every = max(1, round(update / dt))
@@ -293,7 +300,9 @@ def given(
     network, zones, links = plan.network, plan.network.zones, plan.network.links
     trips = np.asarray(demand.trips if isinstance(demand, Demand) else demand, float)
     if trips.ndim not in (2, 3) or trips.shape[-2:] != (zones, zones):
-        raise BadInput(f"demand: expected [interval, {zones}, {zones}] or [{zones}, {zones}], one row and column a zone, got {list(trips.shape)}")
+        raise BadInput(
+            f"demand: expected [interval, {zones}, {zones}] or [{zones}, {zones}], one row and column a zone, got {list(trips.shape)}"
+        )
     trips = trips if trips.ndim == 3 else trips[None]
     if profile is not None:
         shape = np.asarray(profile, float)
@@ -322,12 +331,16 @@ def given(
     for name, value in series.items():
         value = np.asarray(value, float)
         if value.ndim not in (1, 2 if name != "free_speed" else 1) or value.shape[-1] != links:
-            raise BadInput(f"{name}: expected [{links}], one value a link{'' if name == 'free_speed' else ', or [interval, link]'}, got {list(value.shape)}")
+            raise BadInput(
+                f"{name}: expected [{links}], one value a link{'' if name == 'free_speed' else ', or [interval, link]'}, got {list(value.shape)}"
+            )
         lowest = np.nextafter(0, 1) if name == "free_speed" else 0.0
         wrong = np.argwhere(~(np.isfinite(value) & (value >= lowest)))
         if len(wrong):
             least = "more than 0" if lowest else "0 or more"
-            raise BadInput(f"{name} of link {network.link_id[wrong[0][-1]]}: expected a finite number of {least}, got {value[tuple(wrong[0])]}")
+            raise BadInput(
+                f"{name} of link {network.link_id[wrong[0][-1]]}: expected a finite number of {least}, got {value[tuple(wrong[0])]}"
+            )
         inputs[name] = value if name == "free_speed" or value.ndim == 2 else value[None]
     inputs["free_speed"] = np.minimum(inputs["free_speed"], 1e6)  # in float32 as well
     if not (np.isfinite(theta) and theta > 0):
@@ -409,7 +422,12 @@ def _kinds(ins: np.ndarray, outs: np.ndarray, own: np.ndarray) -> list[tuple[np.
         return len(group[0]) * (group[1] + group[2])
 
     while True:
-        pairs = [(rows(merged(a, b)) - rows(a) - rows(b), i, j) for i, a in enumerate(groups) for j, b in enumerate(groups) if i < j and a[3] == b[3]]
+        pairs = [
+            (rows(merged(a, b)) - rows(a) - rows(b), i, j)
+            for i, a in enumerate(groups)
+            for j, b in enumerate(groups)
+            if i < j and a[3] == b[3]
+        ]
         cost, i, j = min(pairs, default=(np.inf, 0, 0))
         if cost > _MERGE * (ins.sum() + outs.sum()):
             return groups
@@ -470,47 +488,60 @@ def simulate(plan: Plan, given: dict[str, jax.Array]) -> Run:
     def at(series: jax.Array, step: jax.Array) -> jax.Array:
         return series[jnp.minimum(step * len(series) // plan.steps, len(series) - 1)]
 
-    def step(carry: tuple, now: jax.Array, past: jax.Array, bounds: jax.Array, ways: list[jax.Array]) -> tuple[tuple, tuple]:
+    def step(carry: tuple, known: tuple, past: jax.Array, bounds: jax.Array, ways: list[jax.Array]) -> tuple[tuple, tuple]:
         """One step: `past` cohorts `[memory, in row, destination]` and their `bounds` [memory, in row], both cumulative counts."""
-        up, down, came, gone, cohort = carry
-        flow = at(capacities, now) * dt
+        recent_up, recent_down, came, gone, cohort = carry  # recent: since the interval began, [time, in row]
+        index, flow, demand, driven, holes = known
         limit = on_rows(flow, np.inf)
         # a zone's queue merges like a link as wide as the mean of those that it leads onto
         weight = jnp.maximum(on_rows(flow, 0.0).at[plan.origin_row].set(jax.ops.segment_sum(flow[leads], starts, zones) / number), 1e-6)
-        n_up, n_down = up[now], down[now]
-        sending = jnp.clip(jnp.minimum(_read(up, now + 1 - lag) - n_down, limit), 0.0)
-        receiving = jnp.clip(jnp.minimum(_read(down, now + 1 - back) + storage - n_up, limit), 0.0)
+        n_up, n_down = recent_up[index], recent_down[index]
+        sending = jnp.clip(jnp.minimum(_complete(driven, recent_up, (index + 1).astype(kind) - lag) - n_down, limit), 0.0)
+        receiving = jnp.clip(jnp.minimum(_complete(holes, recent_down, (index + 1).astype(kind) - back) + storage - n_up, limit), 0.0)
         supply = jnp.append(receiving, 0.0)[row_of_link]
         cohort = jnp.maximum(cohort, jnp.sum(bounds < (n_down + sending)[None], axis=0, dtype=jnp.int32))
         ahead = came
         for place in range(plan.memory):
             ahead = jnp.where((cohort == place)[:, None], past[place], ahead)
         ahead = jnp.maximum(ahead - gone, 0.0)  # vehicles up to the end of the cohort that leaves, by destination
-        sending = jnp.minimum(sending, ahead.sum(axis=1))
+        count = ahead.sum(axis=1)
+        sending = jnp.where(count > _NOBODY, jnp.minimum(sending, count), 0.0)
         outflow, inflow, out_trips, in_trips, ended = _pass_nodes(plan, ahead, sending, supply, weight, ways, ends)
-        demand = at(trips, now) * no_trip
         came = came + to_rows(in_trips, demand)
         gone = gone + out_trips
-        up = up.at[now + 1].set(n_up + to_rows(inflow, demand.sum(axis=1)))
-        down = down.at[now + 1].set(n_down + outflow)
-        return (up, down, came, gone, cohort), (ended, demand.sum())
+        recent_up = recent_up.at[index + 1].set(n_up + to_rows(inflow, demand.sum(axis=1)))
+        recent_down = recent_down.at[index + 1].set(n_down + outflow)
+        return (recent_up, recent_down, came, gone, cohort), (ended, demand.sum())
 
     @jax.checkpoint
     def interval(carry: tuple, begin: jax.Array) -> tuple[tuple, tuple]:
-        """The steps between two updates of the routes."""
+        """The steps between two updates of the routes. What they read of the time before it is read at once."""
         up, down, came, gone, cohort, past, bounds, earlier = carry
+        index = jnp.arange(plan.every, dtype=jnp.int32)
+        steps = begin + index
         cost = _time(plan, up, down, earlier, begin, lag) + at(given["toll"], begin)
         cost = jnp.where(at(mean_capacity, begin) > 0, cost, _FAR)  # closed, and not only for a red light
         ways = _routes(plan, cost, given["theta"])
+        known = (
+            index,
+            at(capacities, steps) * dt,
+            at(trips, steps) * no_trip[None],
+            _before(up, begin, index, lag),
+            _before(down, begin, index, back),
+        )
 
-        def inner(state: tuple, now: jax.Array) -> tuple[tuple, tuple]:
+        def inner(state: tuple, now: tuple) -> tuple[tuple, tuple]:
             return step(state, now, past, bounds, ways)
 
+        recent = jnp.zeros((plan.every + 1, rows_in), kind)
+        first = (recent.at[0].set(up[begin]), recent.at[0].set(down[begin]), came, gone, cohort)
+        (recent_up, recent_down, came, gone, cohort), counts = jax.lax.scan(inner, first, known)
         earlier = down[begin]
-        (up, down, came, gone, cohort), counts = jax.lax.scan(inner, (up, down, came, gone, cohort), begin + jnp.arange(plan.every))
+        up = jax.lax.dynamic_update_slice_in_dim(up, recent_up[1:], begin + 1, 0)
+        down = jax.lax.dynamic_update_slice_in_dim(down, recent_down[1:], begin + 1, 0)
         if plan.memory:
             past = jnp.concatenate([past[1:], came[None]])
-            bounds = jnp.concatenate([bounds[1:], up[begin + plan.every][None]])
+            bounds = jnp.concatenate([bounds[1:], recent_up[-1:]])
             cohort = jnp.maximum(cohort - 1, 0)
         return (up, down, came, gone, cohort, past, bounds, earlier), counts
 
@@ -519,9 +550,8 @@ def simulate(plan: Plan, given: dict[str, jax.Array]) -> Run:
     history = jnp.zeros((plan.steps + 1, rows_in), kind)
     past, bounds = jnp.zeros((plan.memory, rows_in, width), kind), jnp.zeros((plan.memory, rows_in), kind)
     first = (history, history, zeros, zeros, jnp.zeros(rows_in, jnp.int32), past, bounds, history[0])
-    (up, down, *_), (ended, started) = jax.lax.scan(interval, first, jnp.arange(0, plan.steps, plan.every))
-    time = jnp.arange(plan.steps + 1)
-    free = jax.vmap(lambda now: _read(up, now - lag))(time)
+    (up, down, *_), (ended, started) = jax.lax.scan(interval, first, jnp.arange(0, plan.steps, plan.every, dtype=jnp.int32))
+    free = jax.vmap(lambda now: _read(up, now - lag))(jnp.arange(plan.steps + 1, dtype=kind))
     queue = jnp.maximum(free - down, 0.0)
     return Run(
         entered=up[:, links],
@@ -554,6 +584,22 @@ def _read(counts: jax.Array, when: jax.Array) -> jax.Array:
     low = counts[jnp.maximum(index, 0), row]
     high = counts[jnp.clip(index + 1, 0, len(counts) - 1), row]
     return low + share * (high - low)
+
+
+def _before(counts: jax.Array, begin: jax.Array, index: jax.Array, lag: jax.Array) -> jax.Array:
+    """What `_read` at the ends of an interval's steps less `lag` needs of the time up to its `begin`: two counts, `[step, 2, row]`."""
+    low = begin + jnp.floor((index + 1).astype(lag.dtype)[:, None] - lag[None]).astype(jnp.int32)
+    both = jnp.stack([low, low + 1], axis=1)
+    return counts[jnp.clip(both, 0, begin), jnp.arange(counts.shape[1])[None, None]]
+
+
+def _complete(before: jax.Array, recent: jax.Array, when: jax.Array) -> jax.Array:
+    """Counts at `when`, in steps since the interval began, from those `before` and the recent ones, `[row]`."""
+    base = jnp.floor(when)
+    index, row = base.astype(jnp.int32), jnp.arange(len(when))
+    low = jnp.where(index > 0, recent[jnp.clip(index, 0, len(recent) - 1), row], before[0])
+    high = jnp.where(index >= 0, recent[jnp.clip(index + 1, 0, len(recent) - 1), row], before[1])
+    return low + (when - base) * (high - low)
 
 
 def _to_rows(plan: Plan) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -590,7 +636,8 @@ def _pass_nodes(
     for block, way in zip(plan.blocks, ways, strict=True):
         vehicles, wish, here = block.of_ins(ahead), block.of_ins(sending), ends[block.vertices()]
         count = vehicles.sum(axis=2)
-        each = 1 / jnp.where(count > 0, count, 1.0)
+        some = count > _NOBODY
+        each = jnp.where(some, 1 / jnp.where(some, count, 1.0), 0.0)
         meeting = "niz,nioz->nio" if block.own else "niz,noz->nio"
         way = way if block.own else way[:, 0]
         turning = jnp.einsum(meeting, vehicles, way) * each[..., None]
@@ -616,24 +663,25 @@ def _share_supply(wish: jax.Array, turning: jax.Array, room: jax.Array, weight: 
     in part, so that what leaves is continuous in `turning`, `[node, in, out]`; the room is exceeded by at most that share.
     """
     wanted = wish / weight
-    level, rising = wanted, wish > 0
 
-    def freeze(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    rounds = min(_ROUNDS, wish.shape[1])
+
+    def freeze(turn: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         level, rising = state
         taken = (jnp.where(rising, 0.0, weight * level)[..., None] * turning).sum(axis=1)
         pull = (jnp.where(rising, weight, 0.0)[..., None] * turning).sum(axis=1)
-        pulled = pull > 0
+        pulled = pull > _NOBODY
         full_at = jnp.where(pulled, jnp.maximum(room - taken, 0.0) / jnp.where(pulled, pull, 1.0), jnp.inf)
         lowest = full_at.min(axis=1, keepdims=True)
         met = rising & (wanted <= lowest)
         shut = jnp.where(((full_at <= lowest) & pulled)[:, None], turning, 0.0).max(axis=2)
         held = rising & (shut > 0)
-        stop = jnp.where(met.any(axis=1, keepdims=True), met, held)
-        rest = wanted * jnp.maximum(1 - shut / _LONE, 0.0) + jnp.where(jnp.isfinite(lowest), lowest, 0.0)
+        stop = jnp.where(met.any(axis=1, keepdims=True), met, held) | (rising & (turn == rounds - 1))
+        alone = jnp.where(held, jnp.maximum(1 - shut / _LONE, 0.0), 0.0)
+        rest = wanted * alone + jnp.where(jnp.isfinite(lowest), lowest, 0.0)
         return jnp.where(stop & ~met, jnp.minimum(wanted, rest), level), rising & ~stop
 
-    for turn in range(wish.shape[1]):
-        level, rising = freeze(turn, (level, rising))
+    level, _ = jax.lax.fori_loop(0, rounds, freeze, (wanted, wish > 0))
     return weight * level
 
 
@@ -645,7 +693,7 @@ def _time(plan: Plan, up: jax.Array, down: jax.Array, earlier: jax.Array, now: j
 
     Of late means since the routes were last updated, or in the last step, whichever was faster.
     """
-    queue = jnp.maximum(_read(up, now - lag) - down[now], 0.0)[plan.in_row]
+    queue = jnp.maximum(_read(up, now.astype(lag.dtype) - lag) - down[now], 0.0)[plan.in_row]
     served = jnp.maximum((down[now] - earlier) / plan.every, down[now] - down[jnp.maximum(now - 1, 0)])[plan.in_row]
     slowest = jnp.asarray(_SLOWEST * plan.network.capacity * plan.dt / 3600, up.dtype)
     return (lag[plan.in_row] + queue / jnp.maximum(served, slowest)) * plan.dt
@@ -682,7 +730,7 @@ def _distances(plan: Plan) -> Callable[[jax.Array], jax.Array]:
     Bellman (1958) and Ford, all destinations at once. The derivative is that of the ways found: what a change of distances is worth
     flows down each tree to its root, two, four, eight ... links at a time.
     """
-    ends = jnp.asarray(plan.exits)
+    ends = plan.exits  # numpy: what a derivative's rule closes over must not be traced
     vertices, width = plan.exits.shape
 
     def onward(block: _Block, rows: jax.Array, far: jax.Array) -> list[jax.Array]:
@@ -735,7 +783,7 @@ def _distances(plan: Plan) -> Callable[[jax.Array], jax.Array]:
         jump = jnp.where(ends, place, jnp.concatenate(heads) * width + column).ravel()
         inner = ~ends & (far < _FAR)
         worth = jnp.where(inner, worth, 0.0).ravel()
-        inner, root = inner.ravel(), ends.ravel()
+        inner, root = inner.ravel(), jnp.asarray(ends.ravel())
 
         def gather(state: tuple) -> tuple:
             worth, jump, turn = state
