@@ -195,11 +195,8 @@ def table(measured: dict) -> list[str]:
             shown = "-" if seconds is None else f"{seconds:.2f} ({kind})"
             lines.append(f"| {what} | {one['cpu_s']:.2f} | {one['compile_s']:.1f} | {shown} | {times or 0:.1f} | 1 | {reached} |")
     worst = max(measured["gradient_check"][name] for name in ("toll", "demand"))
-    lines += [
-        "",
-        f"gradients differ from finite differences by {worst:.1e}, target {WORST_GRADIENT:g}: {'yes' if worst <= WORST_GRADIENT else '**no**'}",
-    ]
-    return lines
+    reached = "yes" if worst <= WORST_GRADIENT else "**no**"
+    return [*lines, "", f"gradients differ from finite differences by {worst:.1e}, target {WORST_GRADIENT:g}: {reached}"]
 
 
 if __name__ == "__main__":

@@ -331,9 +331,8 @@ def given(
     for name, value in series.items():
         value = np.asarray(value, float)
         if value.ndim not in (1, 2 if name != "free_speed" else 1) or value.shape[-1] != links:
-            raise BadInput(
-                f"{name}: expected [{links}], one value a link{'' if name == 'free_speed' else ', or [interval, link]'}, got {list(value.shape)}"
-            )
+            also = "" if name == "free_speed" else ", or [interval, link]"
+            raise BadInput(f"{name}: expected [{links}], one value a link{also}, got {list(value.shape)}")
         lowest = np.nextafter(0, 1) if name == "free_speed" else 0.0
         wrong = np.argwhere(~(np.isfinite(value) & (value >= lowest)))
         if len(wrong):
@@ -385,7 +384,7 @@ def _lay_out(network: Network, destinations: np.ndarray) -> dict[str, Any]:
         out_row[here_out] = sizes[1] + index[start[here_out]] * most_out + slot_out[here_out]
         choices = most_in if private else 1
         node_vertex[members] = sizes[2] + np.arange(len(members)) * choices
-        places.append(tuple(sizes))
+        places.append([int(size) for size in sizes])
         sizes += len(members) * np.array([most_in, most_out, choices])
     vertex = node_vertex[node_in] + vertex_step[node_in] * slot_in  # at which who comes by a row chooses
     link_of = np.full(sizes[1], -1)
@@ -450,7 +449,7 @@ def _rank(of: np.ndarray) -> np.ndarray:
 def simulate(plan: Plan, given: dict[str, jax.Array]) -> Run:
     """One scenario. Pure: jit it, vmap it over leading axes of `given` (see the function of that name), differentiate it in reverse.
 
-    Memory for a gradient: the state at each update of the routes, and what the steps of one interval leave.
+    A gradient's memory: the state at each update of the routes, and what the steps of one interval leave. Forward mode is not there.
     """
     network, dt = plan.network, plan.dt
     kind = given["demand"].dtype
@@ -474,7 +473,7 @@ def simulate(plan: Plan, given: dict[str, jax.Array]) -> Run:
     capacities = given["capacity"] / 3600  # veh/s
     row_of_link = np.full(sum(block.nodes * block.outs for block in plan.blocks), rows_in)
     row_of_link[plan.out_row] = links  # in row of an out row's link; padding takes nothing
-    trips = given["demand"][:, :, plan.destinations] * constant(dt / 3600)  # veh a step
+    trips = given["demand"][:, :, plan.destinations] * constant(np.asarray(dt / 3600))  # veh a step
     no_trip = constant(network.zone[:, None] != network.zone[plan.destinations][None])
     ends = constant(plan.exits)
     zones = network.zones
@@ -749,7 +748,9 @@ def _distances(plan: Plan) -> Callable[[jax.Array], jax.Array]:
 
     def search(rows: jax.Array) -> jax.Array:
         start = jnp.where(ends, 0.0, jnp.full(ends.shape, _FAR, rows.dtype))
-        more = lambda state: state[1] & (state[2] < vertices)  # noqa: E731
+
+        def more(state: tuple) -> jax.Array:
+            return state[1] & (state[2] < vertices)
 
         def sweep(state: tuple) -> tuple:
             new = relax(rows, state[0])
