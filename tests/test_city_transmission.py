@@ -206,11 +206,12 @@ def test_batch_equals_single_runs() -> None:
     "network",
     [
         two_routes(),
-        pytest.param(two_routes(turn_bans=[[2, 3]]), marks=pytest.mark.slow),
-        pytest.param(grid(3), marks=pytest.mark.slow),
+        two_routes(turn_bans=[[2, 3]]),
+        grid(3),
     ],
     ids=["routes", "bans", "grid"],
 )
+@pytest.mark.slow
 def test_gradients_agree_with_finite_differences(network: Network) -> None:
     if network.turn_bans is not None:  # a third way, so that a ban leaves a choice
         network = build(
@@ -236,9 +237,12 @@ def test_gradients_agree_with_finite_differences(network: Network) -> None:
         for name, where in places.items():
             for place in where:
                 h = 1e-6 * max(1.0, abs(float(inputs[name][place])))
-                up, down = ({**inputs, name: inputs[name].at[place].add(sign * h)} for sign in (1, -1))
-                expected = float(value(up) - value(down)) / (2 * h)
-                np.testing.assert_allclose(slope[name][place], expected, rtol=1e-4, atol=1e-9, err_msg=f"{name}{place}")
+                up, here, down = (float(value({**inputs, name: inputs[name].at[place].add(sign * h)})) for sign in (1, 0, -1))
+                right, left, found = (up - here) / h, (here - down) / h, float(slope[name][place])
+                if np.isclose(left, right, rtol=1e-3, atol=1e-7):
+                    np.testing.assert_allclose(found, (up - down) / (2 * h), rtol=1e-4, atol=1e-9, err_msg=f"{name}{place}")
+                else:  # a link that flows at just its capacity stands at a kink: the gradient is that of one side
+                    assert name == "capacity" and min(abs(found / left - 1), abs(found / right - 1)) < 1e-4, (place, found, left, right)
 
 
 def test_banned_turns_and_closed_centroids_are_kept_out_of() -> None:
