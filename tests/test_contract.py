@@ -215,7 +215,8 @@ def test_exam_is_not_made_of_what_was_trained_on(built):
     assert isinstance(question, Question) and question.members == 3
     assert run.items_of(question) == 5 and all(len(values) == 5 for values in truth.values())
     assert all(len(values) == 5 for values in question.condition.values())
-    train, truth = domain.truth(domain.rows("train")), domain.as_days(truth)
+    train = domain.truth(domain.rows("train"))
+    truth = domain.as_days(truth) if hasattr(domain, "as_days") else truth
     for name, values in truth.items():
         seen = train[name].reshape(len(train[name]), -1)
         assert not any((seen == each.ravel()).all(1).any() for each in values), name
