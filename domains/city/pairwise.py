@@ -198,9 +198,11 @@ def _loss(how: Fit, p: Mapping[str, Array], block: Blocks, trips: Array, weight:
 def _step(how: Fit, p: dict, m: dict, v: dict, number: Array, rate: Array, rows: tuple, key: Array) -> tuple[dict, dict, dict]:
     """One step of AdamW (Loshchilov & Hutter 2019), the gradient no longer than 1; biases and single weights do not decay."""
 
-    def mean_loss(p: dict) -> jax.Array:
-        keys = jax.random.split(key, len(rows[1]))
-        return jnp.mean(jax.vmap(lambda block, trips, weight, key: _loss(how, p, block, trips, weight, key))(*rows, keys))
+    blocks, trips, weight = rows
+
+    def mean_loss(p: dict) -> Array:
+        each = jax.vmap(functools.partial(_loss, how), (None, 0, 0, 0, 0))
+        return jnp.mean(each(p, blocks, trips, weight, jax.random.split(key, len(weight))))
 
     gradient = jax.grad(mean_loss)(p)
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradient)))
