@@ -34,6 +34,11 @@ def twin():
         return domain, domain.fit()
 
 
+@pytest.fixture(scope="module")
+def decode(twin):
+    return jax.jit(twin[0].decode)
+
+
 def one(condition, index=0):
     return {name: jnp.asarray(values[index]) for name, values in condition.items()}
 
@@ -69,7 +74,7 @@ def test_what_is_known_of_a_region_does_not_depend_on_its_trips_or_on_the_order_
     np.testing.assert_allclose(turned.ways, seen.ways[at], rtol=1e-4, atol=1e-4)
 
 
-def test_decode_inverts_what_is_encoded_about_the_same_prediction(twin):
+def test_decode_inverts_what_is_encoded_about_the_same_prediction(twin, decode):
     """Whole trips come back exactly where the prediction is that of the fit on all; ranks beyond the table are cut off."""
     domain, statistics = twin
     same = {**statistics, "folds": dict.fromkeys(statistics["folds"], statistics["all"])}
@@ -78,7 +83,7 @@ def test_decode_inverts_what_is_encoded_about_the_same_prediction(twin):
     target = domain._examples(same, rows).target
     exact = []
     for index in range(6):
-        back = domain.decode(same, jnp.asarray(target[index]), one(condition, index))[TRIPS]
+        back = decode(same, jnp.asarray(target[index]), one(condition, index))[TRIPS]
         inside = np.abs(target[index][..., 0]) < 3.99
         exact.append((np.abs(back - truth[TRIPS][index]) < 0.02 * truth[TRIPS][index] + 0.02)[inside].mean())
     assert np.mean(exact) > 0.95
@@ -103,7 +108,7 @@ def test_lookup_and_score_are_inverse():
     np.testing.assert_allclose(commuting._score(scatter, mean, np.asarray(value) + np.log1p(mean)), score, atol=2e-3)
 
 
-def test_a_total_is_kept_to_rounding_and_no_total_lets_it_vary(twin):
+def test_a_total_is_kept_to_rounding_and_no_total_lets_it_vary(twin, decode):
     domain, statistics = twin
     _, condition = domain.source("test")[np.arange(3)]
     noise = np.asarray(jax.random.normal(jax.random.key(0), (4, *domain.shape, 1)))
@@ -111,10 +116,10 @@ def test_a_total_is_kept_to_rounding_and_no_total_lets_it_vary(twin):
     free = one(condition) | {TOTAL: jnp.asarray(0.0)}
     sums = []
     for target in noise:
-        sample = domain.decode(statistics, jnp.asarray(target), given)
+        sample = decode(statistics, jnp.asarray(target), given)
         assert all(float(broken) == 0 for broken in domain.check(sample, given).values())
         np.testing.assert_allclose(float(sample[TRIPS].sum()), 5000, rtol=1e-5)
-        sums.append(float(domain.decode(statistics, jnp.asarray(target), free)[TRIPS].sum()))
+        sums.append(float(decode(statistics, jnp.asarray(target), free)[TRIPS].sum()))
     assert np.ptp(sums) > 1
     off = {TRIPS: sample[TRIPS] * 1.01}
     assert float(domain.check(off, given)["total of trips, a day off"]) == pytest.approx(50, rel=0.01)
@@ -148,7 +153,10 @@ def test_the_fit_beats_what_it_starts_from():
     made = regions.shipped(count=24, zones=(8, 12)).regions
     cut = regions.cut(made, 12)
     weight = 1 / cut.trips.sum((1, 2))
-    start, fitted = (pairwise.fit(cut.blocks, cut.trips, weight, dataclasses.replace(QUICK, rounds=n)) for n in (0, 30))
+    start, fitted = (
+        pairwise.fit(cut.blocks, cut.trips, weight, dataclasses.replace(QUICK, **how))
+        for how in ({"rounds": 1, "rate": 0.0}, {"rounds": 30})
+    )
     before, after = (
         np.mean([cpc(p, t) for p, t in zip(commuting.predicted(f, cut.blocks), cut.trips, strict=True)]) for f in (start, fitted)
     )
@@ -228,6 +236,8 @@ def test_settings_that_make_no_sense_are_named():
     with pytest.raises(BadInput, match="expected trips to learn from"):
         blind = [dataclasses.replace(each, trips=None) for each in made.regions]
         Commuting("city/x", dataclasses.replace(made, regions=blind), folds=3)
+    with pytest.raises(BadInput, match="regression: expected sizes"):
+        pairwise.Fit(rounds=0)
     with pytest.raises(BadInput, match="made-up regions"):
         regions.shipped(count=1)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pydantic
 import xarray as xr
-from jax.scipy.special import ndtr
+from scipy.special import ndtr, ndtri
 
 from domains.city import demand, pairwise, regions
 from domains.city.pairwise import Blocks
@@ -45,6 +45,7 @@ from twinsim.base import (
 TRIPS, TOTAL = "trips", "total"
 LEVELS = np.linspace(-4.0, 4.0, 65)  # normal scores at which the quantiles of the scatter are kept
 SHARES = 24  # classes of predicted trips, each with a scatter of its own
+FEWEST_PAIRS = 200  # of a class
 FEWEST = 1e-2  # trips: below, all predictions count as alike
 ROUNDING = 1e-5  # of the total: what float32 sums of a block lose
 FIELDS = 4
@@ -186,11 +187,9 @@ class Commuting:
         """Quantiles of ln(1 + trips) - ln(1 + predicted) by class of ln predicted, `[class, level]`."""
         x, y = np.log(np.maximum(mean[within], FEWEST)), (self._dithered(trips) - np.log1p(mean))[within]
         order = np.argsort(x, kind="stable")
-        classes = [part for part in np.array_split(order, SHARES) if len(part)]
+        classes = np.array_split(order, int(np.clip(len(x) // FEWEST_PAIRS, 1, SHARES)))
         at = np.maximum.accumulate(np.array([x[part].mean() for part in classes]) + 1e-4 * np.arange(len(classes)))
-        levels = np.asarray(ndtr(LEVELS))
-        quantiles = np.stack([np.quantile(y[part], levels, method="hazen") for part in classes])
-        rising = np.maximum.accumulate(quantiles, axis=1) + 1e-3 * LEVELS  # strictly, so that there is an inverse
+        rising = np.stack([_quantiles(y[part]) for part in classes]) + 1e-3 * LEVELS  # strictly, so that there is an inverse
         return {"at": at.astype(np.float32), "quantiles": rising.astype(np.float32)}
 
     @staticmethod
@@ -214,19 +213,21 @@ class Commuting:
         total = trips.sum((1, 2))
         score = np.stack([_score(statistics["scatter"], m, y) for m, y in zip(mean, self._dithered(trips), strict=True)])
         within = np.asarray(cut.blocks.within)
-        fields = np.stack([self._fields(m, b) for m, b in zip(mean, _each(cut.blocks), strict=True)])
-        scalars = np.stack([self._scalars(statistics, t, b) for t, b in zip(total, _each(cut.blocks), strict=True)])
-        return Example((score * within)[..., None].astype(np.float32), fields.astype(np.float32), scalars.astype(np.float32))
+        fields = np.asarray(self._fields(mean, cut.blocks), np.float32)
+        scalars = np.asarray(self._scalars(statistics, total, cut.blocks), np.float32)
+        return Example((score * within)[..., None].astype(np.float32), fields, scalars)
 
     def _fields(self, mean: Array, block: Blocks) -> Array:
-        """What the network sees of each pair, `[origin, destination, field]`, of order one."""
+        """What the network sees of each pair, `[..., origin, destination, field]`, of order one."""
         way = jnp.asarray(block.pair)
         shown = [jnp.log1p(mean) / 2 - 1, way[..., regions.LN_DISTANCE] / 2 - 1, way[..., regions.SAME], jnp.asarray(block.within)]
         return jnp.stack([part * block.within for part in shown], -1)
 
     def _scalars(self, statistics: Statistics, total: Array, block: Blocks) -> Array:
-        raw = jnp.stack([jnp.log1p(jnp.asarray(total)), jnp.asarray(block.region[-regions.KNOWN])])
-        return (raw - statistics["scalars"]["mean"]) / statistics["scalars"]["scale"]
+        """Of one block or of many, `[..., 2]`."""
+        raw = jnp.stack([jnp.log1p(jnp.asarray(total)), jnp.asarray(block.region)[..., -regions.KNOWN]], -1)
+        mean, scale = (jnp.broadcast_to(statistics["scalars"][name], raw.shape) for name in ("mean", "scale"))
+        return (raw - mean) / scale
 
     def _expected(self, statistics: Statistics, condition: Condition) -> jax.Array:
         """Predicted trips, scaled to the total where one is given."""
@@ -436,10 +437,6 @@ def _block(condition: Condition) -> Blocks:
     return Blocks(*(condition[name] for name in Blocks._fields))
 
 
-def _each(blocks: Blocks) -> Iterator[Blocks]:
-    return (Blocks(*parts) for parts in zip(*blocks, strict=True))
-
-
 def _position(at: Array, mean: Array) -> jax.Array:
     """Where ln `mean` lies among the classes, a fractional index, `[...]`."""
     x = jnp.log(jnp.maximum(jnp.asarray(mean), FEWEST))
@@ -471,6 +468,16 @@ def _score(scatter: Mapping[str, Any], mean: np.ndarray, log_trips: np.ndarray) 
     left, right = np.take_along_axis(row, k, -1), np.take_along_axis(row, k + 1, -1)
     step = LEVELS[1] - LEVELS[0]
     return np.clip(LEVELS[0] + step * (k + (y - left) / (right - left)), LEVELS[0], LEVELS[-1])[..., 0]
+
+
+def _quantiles(values: np.ndarray) -> np.ndarray:
+    """Quantiles of values at the normal scores `LEVELS`; beyond those that so many values can tell, they go on as a straight line."""
+    told = np.abs(LEVELS) <= max(float(ndtri(1 - 0.5 / len(values))), 1.0)
+    found = np.maximum.accumulate(np.quantile(values, np.asarray(ndtr(LEVELS[told])), method="hazen"))
+    z = LEVELS[told]
+    low, high = ((found[end] - found[inner]) / (z[end] - z[inner]) for end, inner in ((0, 4), (-1, -5)))
+    inside = np.interp(LEVELS, z, found)
+    return inside + low * np.minimum(LEVELS - z[0], 0) + high * np.maximum(LEVELS - z[-1], 0)
 
 
 def _gravity_features(blocks: Blocks) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twinsim.base import Array
+from twinsim.base import Array, BadInput
 
 Parameters = Mapping[str, Any]
 CLIP = 5.0  # standard deviations: a zone stranger than that is taken to be that strange
@@ -66,6 +66,10 @@ class Fit:
     zone: int = 48
     hidden: int = 32
     members: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.batch, self.zone, self.hidden, self.members) < 1 or not 0 <= self.dropout < 1 or not 0 <= self.apart < 1:
+            raise BadInput(f"regression: expected sizes of at least 1 and shares of 0 to 1, got {self}")
 
 
 def expected(parameters: Parameters, blocks: Blocks) -> jax.Array:
