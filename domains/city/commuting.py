@@ -277,9 +277,14 @@ class Commuting:
         return Question(condition, scenario.members, self._coords(cut, chosen), scenario.title, notes=notes)
 
     def _coords(self, cut: Cut, found: Sequence[Region]) -> dict[str, Any]:
+        names = " ".join(region.name.replace(" ", "_") for region in found)
         return {
             "block": ("block", np.arange(len(cut.region))),
-            "region": ("block", np.array([found[index].name for index in cut.region])),
+            "region": (
+                "block",
+                cut.region.astype(np.int32),
+                {"flag_values": np.arange(len(found), dtype=np.int32), "flag_meanings": names},
+            ),
             "origin_zone": (("block", "origin"), cut.origins),
             "destination_zone": (("block", "destination"), cut.destinations),
         }
@@ -401,9 +406,10 @@ class Commuting:
         self, *, asked: Any, question: Question, dataset: xr.Dataset, rules: Mapping[str, Any], evaluation: Any
     ) -> Sequence[Section]:
         by_region = dataset[TRIPS].sum(("origin", "destination")).groupby("region").sum()
+        names = str(dataset["region"].attrs["flag_meanings"]).split()
         rows = [["Region", "Trips a day, mean", "Least", "Most"]]
-        for name, total in zip(by_region["region"].values, by_region.transpose("region", "member").values, strict=True):
-            rows.append([str(name), f"{total.mean():,.0f}", f"{total.min():,.0f}", f"{total.max():,.0f}"])
+        for index, total in zip(by_region["region"].values, by_region.transpose("region", "member").values, strict=True):
+            rows.append([names[index], f"{total.mean():,.0f}", f"{total.min():,.0f}", f"{total.max():,.0f}"])
         text = [asked.asks, f"To expect: {asked.expect.strip()}"]
         caption = "Trips between the zones of the first block: the mean of all members and one of them, ln(1 + trips)"
         return [Section("What was asked", text, {"Trips by region": rows[:41]}, {caption: _picture(dataset)})]

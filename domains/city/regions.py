@@ -139,7 +139,7 @@ def shipped(count: int = 60, seed: int = 0, zones: Sequence[int] = (12, 30)) -> 
     least, most = zones
     if not (count >= 2 and 4 <= least <= most):
         raise BadInput(f"made-up regions: expected 2 or more of 4 or more zones, got {count} of {least} to {most}")
-    made = [_made(np.random.default_rng([seed, index]), f"made-up {index:03d}", least, most) for index in range(count)]
+    made = [_made(np.random.default_rng([seed, index]), f"made-up-{index:03d}", least, most) for index in range(count)]
     return Regions(made, "Apache-2.0", f"{count} made-up regions (seed {seed}); they show no real place")
 
 
