@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import cho_solve, solve_triangular
-from scipy.linalg import toeplitz
+from scipy.linalg import solve_triangular, toeplitz
 
 from twinsim.base import Array
 
@@ -29,12 +28,13 @@ class Posterior(NamedTuple):
 
     Attributes:
       precision: inverse covariance of the rests at the given cells, 0 elsewhere, `[sensor, time, time]`.
-      lower: Cholesky factor of the posterior precision of the whitened factors, `[factor * mode, factor * mode]`.
+      lower, inverse: Cholesky factor of the posterior precision of the whitened factors, and its inverse, `[factor * mode, factor * mode]`.
       mean: their posterior mean, `[factor * mode]`.
     """
 
     precision: jax.Array
     lower: jax.Array
+    inverse: jax.Array
     mean: jax.Array
 
 
@@ -59,8 +59,10 @@ def fit(anomaly: np.ndarray, measured: np.ndarray, starts: np.ndarray, window: i
     ]
     rests = np.stack([_floored(toeplitz(column)) for column in np.stack(own).T])
     rests = rests + (NUGGET * own[0] + 1e-6)[:, None, None] * np.eye(window)
+    rest_root = np.linalg.cholesky(rests)
+    whitener = np.stack([solve_triangular(each, np.eye(window), lower=True) for each in rest_root])
     fitted = {
-        "patterns": patterns, "basis": basis, "root": np.stack(roots), "rest": rests, "rest_root": np.linalg.cholesky(rests),
+        "patterns": patterns, "basis": basis, "root": np.stack(roots), "rest": rests, "rest_root": rest_root, "rest_whitener": whitener,
     }  # fmt: skip
     return {name: values.astype(np.float32) for name, values in fitted.items()}
 
@@ -92,16 +94,35 @@ def posterior(model: Mapping[str, Any], anomaly: Array, given: Array) -> Posteri
     pairs = given[:, :, None] * given[:, None, :]
     identity = jnp.broadcast_to(jnp.eye(window), pairs.shape)
     covariance = pairs * model["rest"] + (1.0 - given)[:, :, None] * identity
-    inverse = jax.vmap(lambda lower: cho_solve((lower, True), jnp.eye(window)))(jnp.linalg.cholesky(covariance))
-    precision = pairs * inverse
+    _, inverse = jax.vmap(factorised)(covariance)
+    precision = pairs * jnp.einsum("isu,isv->iuv", inverse, inverse)
     of_modes = jnp.einsum("tb,itu,uc->ibc", basis, precision, basis)
     information = jnp.einsum("ij,ik,ibc->jbkc", patterns, patterns, of_modes)
     information = jnp.einsum("jbx,jbkc,kcy->jxky", root, information, root)
     size = root.shape[0] * root.shape[2]
-    lower = jnp.linalg.cholesky(jnp.eye(size) + information.reshape(size, size))
+    lower, inverse = factorised(jnp.eye(size) + information.reshape(size, size))
     weighed = jnp.einsum("itu,iu->it", precision, given * anomaly)
     told = jnp.einsum("jbx,ij,tb,it->jx", root, patterns, basis, weighed).reshape(size)
-    return Posterior(precision, lower, cho_solve((lower, True), told))
+    return Posterior(precision, lower, inverse, inverse.T @ (inverse @ told))
+
+
+def factorised(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cholesky factor of a positive definite matrix, and its inverse, `[n, n]`; column by column.
+
+    Not by LAPACK: its calls inside one compiled program can wait for one another for ever on a CPU of few cores.
+    """
+    rows = jnp.arange(matrix.shape[0])
+
+    def eliminate(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        left, lower, inverse = state
+        column = jnp.where(rows >= j, left[:, j] / jnp.sqrt(left[j, j]), 0.0)
+        row = inverse[j] / column[j]
+        inverse = (inverse - jnp.where(rows > j, column, 0.0)[:, None] * row[None, :]).at[j].set(row)
+        return left - column[:, None] * column[None, :], lower.at[:, j].set(column), inverse
+
+    start = (matrix, jnp.zeros_like(matrix), jnp.eye(matrix.shape[0], dtype=matrix.dtype))
+    _, lower, inverse = jax.lax.fori_loop(0, matrix.shape[0], eliminate, start)
+    return lower, inverse
 
 
 def common(model: Mapping[str, Any], whitened: Array) -> jax.Array:
@@ -113,7 +134,7 @@ def common(model: Mapping[str, Any], whitened: Array) -> jax.Array:
 
 def from_noise(model: Mapping[str, Any], told: Posterior, anomaly: Array, given: Array, u: Array, epsilon: Array) -> jax.Array:
     """White noise `u [factor * mode]` and `epsilon [sensor, time]` as a draw of `a`, which is `anomaly` at the given cells."""
-    shared = common(model, told.mean + solve_triangular(told.lower, u, trans=1, lower=True))
+    shared = common(model, told.mean + told.inverse.T @ u)
     return shared + _rest(model, told, given * (anomaly - shared), given, epsilon)
 
 
@@ -126,10 +147,9 @@ def to_noise(
     """
     first, second = jax.random.split(key)
     every = posterior(model, anomaly, measured)
-    open_factors = solve_triangular(every.lower, jax.random.normal(first, every.mean.shape), trans=1, lower=True)
-    whitened = every.mean + open_factors
+    whitened = every.mean + every.inverse.T @ jax.random.normal(first, every.mean.shape)
     rest = _rest(model, every, measured * (anomaly - common(model, whitened)), measured, jax.random.normal(second, anomaly.shape))
-    epsilon = jax.vmap(lambda lower, values: solve_triangular(lower, values, lower=True))(jnp.asarray(model["rest_root"]), rest)
+    epsilon = jnp.einsum("itu,iu->it", jnp.asarray(model["rest_whitener"]), rest)
     return told.lower.T @ (whitened - told.mean), epsilon
 
 

@@ -2,7 +2,7 @@
 
 One model serves forecasts (the past is given), gaps and lost sensors (what is left is given) and synthetic days (nothing is given): while
 training, each window is shown through a random mask. What the generator learns is the remainder of two fits of the training split:
-a mean and spread that follow hour, kind of day, season and weather (out of fold), in normal scores of each sensor; and of a Gaussian
+a mean and spread that follow hour, kind of day, season and weather (out of fold), in scores of each sensor; and of a Gaussian
 model of the anomalies given the shown cells (`kriging`), which carries persistence and neighbourhood. A silent network draws exactly that
 Gaussian model. A cell that was not measured enters no fit, no loss and no score: the target holds a draw of the Gaussian model there.
 """
@@ -152,6 +152,8 @@ class Sensors:
       window: time steps of a sample; `past`: of them, given in a forecast; `stride`: steps between the starts of training windows.
       test_share: the last part of the record, kept for judging.
       practice: share of the tasks among training windows; `exam`: the task that is judged.
+      gaussian: share of a sensor's normal score in what is fitted, the rest is the standardised value itself: a jam is a long way from
+        free flow then, though few values lie between.
       factors, modes: of the Gaussian model, in space and in time.
       leads: steps ahead whose error is told of a forecast.
       folds: contiguous pieces of the training split for the out-of-fold mean.
@@ -169,6 +171,7 @@ class Sensors:
     test_share: float = 0.2
     practice: Mapping[str, float] = field(default_factory=lambda: {"forecast": 0.5, "gaps": 0.2, "sensors": 0.2, "none": 0.1})
     exam_task: Task = "forecast"
+    gaussian: float = 0.75
     factors: int = 12
     modes: int = 8
     leads: Sequence[int] = ()
@@ -297,13 +300,13 @@ class Sensors:
         values, measured = (np.swapaxes(of[rows], 1, 2) for of in (self.values, self.measured))
         if not measured.all():
             usual = self._restored(self._fill, self._expected(self._fill, self.conditions_of(starts))[0])
-            values = np.where(measured, values, self._consistent(np.asarray(usual), measured, values))
+            values = np.where(measured, values, self._consistent(np.array(usual), measured, values))
         return values.astype(np.float32), measured
 
     @cached_property
     def _fill(self) -> Statistics:
-        """Tables and regressions that gaps are filled by."""
-        return self._fit_usual()[0]
+        """Tables and regressions, by which gaps are filled."""
+        return self._usual_fit[0]
 
     def _consistent(self, usual: np.ndarray, measured: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Usual values `[n, sensor, time]` between the parts and wholes that were measured."""
@@ -366,17 +369,19 @@ class Sensors:
     # ------------------------------------------------------------ statistics
 
     def fit(self) -> Statistics:
-        statistics, anomaly = self._fit_usual()
+        statistics, anomaly = dict(self._usual_fit[0]), self._usual_fit[1]
         seen = self.measured[: self._border]
         factors = min(self.factors, len(self.sensors))
         statistics["kriging"] = kriging.fit(anomaly, seen, self.starts("train"), self.window, factors, self.modes)
         return statistics
 
-    def _fit_usual(self) -> tuple[dict[str, Any], np.ndarray]:
+    @cached_property
+    def _usual_fit(self) -> tuple[dict[str, Any], np.ndarray]:
         """Normal-score tables, regressions of mean and spread; and the training split's anomalies out of fold, `[time, sensor]`."""
         values, seen = self.values[: self._border], self.measured[: self._border]
-        levels = norm.ppf((np.arange(LEVELS) + 0.5) / LEVELS)
         tables = np.stack([_table(values[seen[:, i], i]) for i in range(values.shape[1])])
+        standard = (tables - tables.mean(1, keepdims=True)) / (tables.std(1, keepdims=True) + 1e-6)
+        levels = self.gaussian * norm.ppf((np.arange(LEVELS) + 0.5) / LEVELS) + (1 - self.gaussian) * standard
         statistics: dict[str, Any] = {"levels": levels.astype(np.float32), "tables": tables.astype(np.float32)}
         scores = np.where(seen, np.asarray(self._scored(statistics, np.where(seen, values, 0.0).T)).T, 0.0)
         design = np.asarray(self.calendar.features(self._calendar_of_record(slice(0, self._border))), np.float64)
@@ -397,16 +402,14 @@ class Sensors:
         return named
 
     def _scored(self, statistics: Statistics, values: Array) -> Array:
-        """Values as normal scores, each sensor by its own table, `[..., sensor, time]`."""
-        levels = jnp.asarray(statistics["levels"])
-        of_sensor = jax.vmap(lambda row, table: jnp.interp(row, table, levels), (-2, 0), -2)
-        return of_sensor(jnp.asarray(values, jnp.float32), jnp.asarray(statistics["tables"]))
+        """Values as scores, each sensor by its own table, `[..., sensor, time]`."""
+        of_sensor = jax.vmap(jnp.interp, (-2, 0, 0), -2)
+        return of_sensor(jnp.asarray(values, jnp.float32), jnp.asarray(statistics["tables"]), jnp.asarray(statistics["levels"]))
 
     def _restored(self, statistics: Statistics, scores: Array) -> Array:
         """The inverse of `_scored`; beyond the table its ends."""
-        levels = jnp.asarray(statistics["levels"])
-        of_sensor = jax.vmap(lambda row, table: jnp.interp(row, levels, table), (-2, 0), -2)
-        return of_sensor(jnp.asarray(scores), jnp.asarray(statistics["tables"]))
+        of_sensor = jax.vmap(jnp.interp, (-2, 0, 0), -2)
+        return of_sensor(jnp.asarray(scores), jnp.asarray(statistics["levels"]), jnp.asarray(statistics["tables"]))
 
     def _expected(self, statistics: Statistics, condition: Condition) -> tuple[Array, Array]:
         """Mean and spread of the scores that calendar and weather tell, `[..., sensor, time]`."""
@@ -431,7 +434,7 @@ class Sensors:
     def examples(self, statistics: Statistics, split: str = "train", block: int = 64) -> Iterator[Example]:
         starts = self.starts(split)
         if split == "train":
-            anomaly = self._fit_usual()[1]
+            anomaly = self._usual_fit[1]
         encode = jax.jit(jax.vmap(self._example, in_axes=(None, 0, 0, 0, 0)))
         for first in range(0, len(starts), block):
             some = starts[first : first + block]
@@ -644,19 +647,21 @@ def _ridge(
     out = np.empty((design.shape[1] + 1, values.shape[1]))
     predicted = np.empty_like(values, dtype=np.float64)
     whole = [design[fold == each].T @ design[fold == each] for each in range(folds)]
-    for column in range(values.shape[1]):
-        there = seen[:, column]
-        centre = values[there, column].mean()
-        y = np.where(there, values[:, column] - centre, 0.0)
-        lost = design * ~there[:, None] if not there.all() else None
-        gram = [part - (0 if lost is None else lost[fold == each].T @ lost[fold == each]) for each, part in enumerate(whole)]
+    shrink = penalty * np.eye(design.shape[1])
+    whole_columns = seen.all(0)  # they share one matrix
+    groups = [np.flatnonzero(whole_columns), *np.flatnonzero(~whole_columns)[:, None]]
+    for columns in (group for group in groups if len(group)):
+        there = seen[:, columns[0]]
+        centre = values[np.ix_(there, columns)].mean(0)
+        y = np.where(there[:, None], values[:, columns] - centre, 0.0)
+        lost = [design[~there & (fold == each)] for each in range(folds)]
+        gram = [part - gone.T @ gone for part, gone in zip(whole, lost, strict=True)]
         moment = [design[fold == each].T @ y[fold == each] for each in range(folds)]
-        total, told = sum(gram), sum(moment)
-        shrink = penalty * np.eye(design.shape[1])
-        out[:-1, column], out[-1, column] = np.linalg.solve(total + shrink, told), centre
+        total, told = np.sum(gram, 0), np.sum(moment, 0)
+        out[:-1, columns], out[-1, columns] = np.linalg.solve(total + shrink, told), centre
         for each in range(folds):
             without = np.linalg.solve(total - gram[each] + shrink, told - moment[each])
-            predicted[fold == each, column] = design[fold == each] @ without + centre
+            predicted[np.ix_(fold == each, columns)] = design[fold == each] @ without + centre
     return out, predicted
 
 
