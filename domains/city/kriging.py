@@ -138,9 +138,7 @@ def from_noise(model: Mapping[str, Any], told: Posterior, anomaly: Array, given:
     return shared + _rest(model, told, given * (anomaly - shared), given, epsilon)
 
 
-def to_noise(
-    model: Mapping[str, Any], told: Posterior, anomaly: Array, measured: Array, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def to_noise(model: Mapping[str, Any], told: Posterior, anomaly: Array, measured: Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The inverse of `from_noise` at every measured cell; where nothing was measured, and in what factors and rests leave open, drawn.
 
     The draw is one of the posterior given all that was measured, so that `(u, epsilon)` is white where the model is right.

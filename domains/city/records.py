@@ -88,7 +88,9 @@ def roadside(
             held[name] = np.where(off, np.nan, held[name])
     lost = {name: int(np.isnan(held[name]).sum()) for name in WEATHER}
     data = {name: ("time", held[name].astype(np.float32), {"units": UNITS[name]}) for name in species}
-    data |= {name: ("time", _held(path, column, held[column]).astype(np.float32), {"units": unit}) for column, (name, unit) in WEATHER.items()}
+    data |= {
+        name: ("time", _held(path, column, held[column]).astype(np.float32), {"units": unit}) for column, (name, unit) in WEATHER.items()
+    }
     made = xr.Dataset(data, {"time": times})
     told = f"wind of {lost['ws']} hours and wind direction of {lost['wd']} hours is that of the hour before"
     return _with_inputs(made, path, licence, f"roadside station of {Path(path).name}", told)
@@ -286,7 +288,9 @@ def street(days: int = 3 * 365, seed: int = 0) -> xr.Dataset:
     for _ in range(days // 40):
         first, which = draw.integers(0, hours - 48), draw.integers(0, len(UNITS))
         gone[first : first + 48, which] = True
-    held = {name: ("time", np.where(gone[:, i], np.nan, data[name]).astype(np.float32), {"units": UNITS[name]}) for i, name in enumerate(UNITS)}
+    held = {
+        name: ("time", np.where(gone[:, i], np.nan, data[name]).astype(np.float32), {"units": UNITS[name]}) for i, name in enumerate(UNITS)
+    }
     held["wind_speed"] = ("time", wind.astype(np.float32), {"units": "m s-1"})
     held["wind_from"] = ("time", wind_from.astype(np.float32), {"units": "degree"})
     return _made(held, {"time": times}, "synthetic street canyon, traffic and photostationary chemistry")

@@ -65,7 +65,9 @@ def _asked(domain: "Sensors", asked: Any, question: Question) -> Section:
     if asked.observe:
         rows.append(["Observed", "; ".join(f"{o.sensor} {o.value:g} +- {o.error:g} after {o.minute:g} min" for o in asked.observe[:5])])
     variables = [["Quantity", "Name", "Units"]] + [[q.long_name, name, q.units] for name, q in domain.quantities.items()]
-    return Section("What was asked", [asked.asks, f"To expect: {asked.expect.strip()}"], {"The question": rows, "What is generated": variables})
+    return Section(
+        "What was asked", [asked.asks, f"To expect: {asked.expect.strip()}"], {"The question": rows, "What is generated": variables}
+    )
 
 
 def _answer(domain: "Sensors", question: Question, dataset: xr.Dataset) -> Section:

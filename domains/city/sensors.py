@@ -156,7 +156,7 @@ class Sensors:
         free flow then, though few values lie between.
       factors, modes: of the Gaussian model, in space and in time.
       leads: steps ahead whose error is told of a forecast.
-      folds: contiguous pieces of the training split for the out-of-fold mean.
+      folds, fold_steps: for the out-of-fold mean, pieces of so many steps that follow one another belong to so many folds in turn.
       aligned: steps of which a window's first is a multiple, such as those of a day.
     """
 
@@ -176,6 +176,7 @@ class Sensors:
     modes: int = 8
     leads: Sequence[int] = ()
     folds: int = 6
+    fold_steps: int = 288
 
     def __post_init__(self) -> None:
         for name in self.quantities:
@@ -210,7 +211,9 @@ class Sensors:
                 raise BadInput(f"{self.name}: split {split}: expected room for 4 windows of {self.window} steps, got {self._rows(split)}")
         empty = ~self.measured[: self._border].any(0)
         if empty.any():
-            raise BadInput(f"{self.name}: sensor {self.sensors[int(np.argmax(empty))]}: expected values in the training split, all are missing")
+            raise BadInput(
+                f"{self.name}: sensor {self.sensors[int(np.argmax(empty))]}: expected values in the training split, all are missing"
+            )
 
     # ------------------------------------------------------------ the record
 
@@ -385,7 +388,7 @@ class Sensors:
         statistics: dict[str, Any] = {"levels": levels.astype(np.float32), "tables": tables.astype(np.float32)}
         scores = np.where(seen, np.asarray(self._scored(statistics, np.where(seen, values, 0.0).T)).T, 0.0)
         design = np.asarray(self.calendar.features(self._calendar_of_record(slice(0, self._border))), np.float64)
-        fold = np.arange(self._border) * self.folds // self._border
+        fold = np.arange(self._border) // self.fold_steps % self.folds
         coefficients, expected = _ridge(design, scores, seen, fold, self.calendar.penalty)
         residual = np.where(seen, scores - expected, 0.0)
         spread, _ = _ridge(design, residual**2, seen, fold, self.calendar.penalty)
@@ -435,7 +438,8 @@ class Sensors:
         starts = self.starts(split)
         if split == "train":
             anomaly = self._usual_fit[1]
-        encode = jax.jit(jax.vmap(self._example, in_axes=(None, 0, 0, 0, 0)))
+        each = lambda statistics, *parts: jax.lax.map(lambda one: self._example(statistics, *one), parts)  # noqa: E731
+        encode = jax.jit(each)  # one after the other: the matrices of one stay in the cache
         for first in range(0, len(starts), block):
             some = starts[first : first + block]
             condition = self.conditions(some, self.shown(some, "practice"))
@@ -635,9 +639,7 @@ def _applied(design: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
     return design @ coefficients[:-1] + coefficients[-1]
 
 
-def _ridge(
-    design: np.ndarray, values: np.ndarray, seen: np.ndarray, fold: np.ndarray, penalty: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _ridge(design: np.ndarray, values: np.ndarray, seen: np.ndarray, fold: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
     """Ridge regression of each column of `values` `[n, sensor]` where it was `seen`; its mean is not shrunk.
 
     Returns:
