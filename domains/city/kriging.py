@@ -1,4 +1,4 @@
-"""A Gaussian model of what sensors say over a window of time, given any part of it: factors that all sensors share, and each one's own rest.
+"""A Gaussian model of what sensors say over a window of time, given any part of it: factors that all share, and the rest of each.
 
     a = V z + e,   z_j(t) = B y_j,  y_j ~ N(0, S_j),   e_i ~ N(0, R_i)
 with spatial patterns V `[sensor, factor]`, smooth functions of time B `[time, mode]` (leading cosines), covariances S_j of a factor's modes

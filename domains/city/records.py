@@ -167,7 +167,7 @@ def _with_inputs(made: xr.Dataset, path: str, licence: str, source: str, told: s
 def _made(data: Mapping, coords: Mapping, source: str) -> xr.Dataset:
     """A synthetic record, whose digest is that of its values."""
     made = xr.Dataset(dict(data), dict(coords))
-    raw = b"".join(made[name].values.tobytes() for name in sorted(made.data_vars))
+    raw = b"".join(made[name].values.tobytes() for name in sorted(map(str, made.data_vars)))
     place, licence = f"{__name__.replace('.', '/')}.py", "Apache-2.0"
     entry = {"name": source, "place": place, "licence": licence, "sha256": hashlib.sha256(raw).hexdigest(), "size": len(raw)}
     return made.assign_attrs(inputs=json.dumps([entry]), license=licence, source=source, gaps="made on purpose")
@@ -184,10 +184,10 @@ CAPACITY = JAM * FREE * BACK / (FREE + BACK)  # veh/s
 def corridor(days: int = 21, sensors: int = 24, seed: int = 0) -> xr.Dataset:
     """Speeds every 5 min along a synthetic motorway of 12 km: queues grow at a lane drop and behind incidents, and travel upstream.
 
-    The cell transmission model (Daganzo 1994, Transp. Res. B 28, 269) with a triangular fundamental diagram; demand of two peaks on workdays
-    and one wide hump at weekends, each day and hour of its own strength; a lane drop of 12 % at three quarters of the way, an on-ramp
-    before it; on three days of four one incident of 15 to 60 min that takes a third to two thirds of the capacity of its place. A loop
-    measures the speed of its cell with an error; loops fall out for single steps (1 %) and for hours (2 %).
+    The cell transmission model (Daganzo 1994, Transp. Res. B 28, 269) with a triangular fundamental diagram; demand of two peaks on
+    workdays and one wide hump at weekends, each day and hour of its own strength; a lane drop of 12 % at three quarters of the way, an
+    on-ramp before it; on three days of four one incident of 15 to 60 min that takes a third to two thirds of the capacity of its place.
+    A loop measures the speed of its cell with an error; loops fall out for single steps (1 %) and for hours (2 %).
     """
     draw = np.random.default_rng(seed)
     ticks, per_step = int(86400 / TICK), int(300 / TICK)
@@ -229,15 +229,16 @@ def corridor(days: int = 21, sensors: int = 24, seed: int = 0) -> xr.Dataset:
         speed[:, tick // per_step] += np.where(density > 1e-4, leaves / np.maximum(density, 1e-4), FREE) / per_step
         density = np.clip(density + TICK / CELL * (arrives - leaves), 0.0, JAM)
     speed = np.minimum(speed, FREE) * draw.normal(1.0, 0.02, sensors) / MPH
-    speed = np.maximum(speed * draw.normal(1.0, 0.015, speed.shape) + draw.normal(0, 0.8, speed.shape), 1.0).reshape(-1, sensors)
-    lost = draw.random(speed.shape) < 0.01
-    for _ in range(int(0.02 * speed.size / 24)):  # two hours each
-        row, sensor = draw.integers(0, len(speed) - 24), draw.integers(0, sensors)
+    noisy = np.maximum(speed * draw.normal(1.0, 0.015, speed.shape) + draw.normal(0, 0.8, speed.shape), 1.0)
+    measured = noisy.reshape(-1, sensors)
+    lost = draw.random(measured.shape) < 0.01
+    for _ in range(int(0.02 * measured.size / 24)):  # two hours each
+        row, sensor = draw.integers(0, len(measured) - 24), draw.integers(0, sensors)
         lost[row : row + 24, sensor] = True
-    speed[lost] = np.nan
+    measured[lost] = np.nan
     names = [f"km {CELL / 1e3 * (sensor + 0.5):g}" for sensor in range(sensors)]
-    times = start + np.arange(len(speed)) * np.timedelta64(300, "s")
-    data = {"speed": (("time", "sensor"), speed.astype(np.float32), {"units": "mph"})}
+    times = start + np.arange(len(measured)) * np.timedelta64(300, "s")
+    data = {"speed": (("time", "sensor"), measured.astype(np.float32), {"units": "mph"})}
     return _made(data, {"time": times, "sensor": names}, "synthetic motorway corridor, cell transmission model")
 
 

@@ -235,7 +235,8 @@ def courses(domain: "Sensors", true: np.ndarray, drawn: Mapping[str, np.ndarray]
     hours, unit = _axis(domain)
 
     def draw(plt: Any) -> Any:
-        figure, axes = plt.subplots(len(drawn), 1, figsize=(9.0, 1.1 * len(drawn) + 0.4), squeeze=False, sharex=True, sharey=True, layout="constrained")  # fmt: skip
+        size = (9.0, 1.1 * len(drawn) + 0.4)
+        figure, axes = plt.subplots(len(drawn), 1, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
         for axis, (who, values) in zip(axes[:, 0], drawn.items(), strict=True):
             axis.plot(hours, true, color=TRUTH, lw=0.8)
             axis.plot(hours, values, color=INK, lw=1.0)

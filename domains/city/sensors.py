@@ -454,7 +454,7 @@ class Sensors:
         mean, spread = self._expected(statistics, condition)
         return np.asarray((self._scored(statistics, self.windows(starts)[0]) - mean) / spread)
 
-    def _example(self, statistics: Statistics, condition: Condition, anomaly: Array, measured: Array, key: Array) -> Example:
+    def _example(self, statistics: Statistics, condition: Condition, anomaly: Array, measured: Array, key: jax.Array) -> Example:
         given = self.stack(condition, "is_given_")
         told = kriging.posterior(statistics["kriging"], given * anomaly, given)
         u, epsilon = kriging.to_noise(statistics["kriging"], told, anomaly, measured, key)
