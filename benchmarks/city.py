@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 from _results import ROOT, keep, read, yes
 
-sys.path.insert(0, str(ROOT))
-
 from domains.city import tntp  # noqa: E402
 from domains.city.equilibrium import equilibria, equilibrium  # noqa: E402
 from domains.city.network import Network  # noqa: E402

@@ -21,16 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from _results import ROOT, keep
 
 from domains.city import commuting, demand, pairwise, regions  # noqa: E402
 from twinsim import cli, metrics, run  # noqa: E402
 from twinsim.base import Question  # noqa: E402
 from twinsim.build import build  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "city.json"
 FOLDS, MEMBERS, TARGET, STRETCH = 5, 10, 0.54, 0.59
 FIGURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "cpc": demand.cpc, "nrmse": demand.nrmse, "jsd": demand.jsd,
@@ -77,8 +74,7 @@ def main() -> int:
         print("demand: not all folds are done, nothing is written")
         return 0
     result = summed([json.loads(file.read_text()) for file in files])
-    held = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # other parts of the city write here too
-    RESULTS.write_text(json.dumps({**held, "demand": result}, indent=1))
+    keep("city", "demand", result)
     print("\n".join(table(result)))
     return 0
 

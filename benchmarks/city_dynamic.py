@@ -26,15 +26,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from _results import ROOT, keep
 
 from domains.city import tntp  # noqa: E402
 from domains.city.network import Network, build  # noqa: E402
 from domains.city.transmission import given, plan, simulate  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "city.json"
 VEHICLES, DURATION, LOADED, DT = 1e6, 10_800.0, 7_200.0, 30.0
 JAM = 0.2  # vehicles a metre and lane, and w = 5 m/s: capacities of the triangle follow
 WORST_GRADIENT = 1e-3
@@ -52,11 +49,11 @@ def main() -> int:
         return 0
     network, trips = chicago(folder)
     measured = ours(network, trips, arguments.repeats)
-    save(measured)
+    keep("city", "dynamic", measured)
     measured["gradient_check"] = check()
     if arguments.peer:
         measured["peer"] = peer(network, trips, arguments.peer)
-    save(measured)
+    keep("city", "dynamic", measured)
     print("\n".join(table(measured)))
     return 0
 
@@ -160,20 +157,13 @@ def peer(network: Network, trips: np.ndarray, python: Path) -> dict:
             speed=network.free_speed, capacity=network.capacity, jam_density=JAM * network.lanes, zone=network.zone, trips=trips,
         )  # fmt: skip
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        words = [python, Path(__file__).with_name("unsim_dynamic.py"), case]
+        words = [python, Path(__file__).with_name("_unsim_dynamic.py"), case]
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(f"the peer ended with {done.returncode}: {done.stderr[-500:]}")
     result = json.loads(done.stdout.splitlines()[-1])
     print(f"peer: {json.dumps(result)}", file=sys.stderr, flush=True)
     return result
-
-
-def save(measured: dict) -> None:
-    """Under its own key, beside what other parts of the city have written."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps({**kept, "dynamic": measured}, indent=1))
 
 
 def table(measured: dict) -> list[str]:

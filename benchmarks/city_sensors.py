@@ -19,13 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from _results import ROOT, keep
 
 from twinsim import cli, evaluation, run  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "city.json"
 WORST_60_MIN = 5.15  # mph, the historic average's
 BORDER = 0.6154  # of the record of Marylebone Road lies before 2002
 LEADS = (3, 6, 12)
@@ -46,9 +43,7 @@ def main() -> int:
         return 0
     for part in given.parts.split(","):
         measured = {"loops": loops, "roadside": roadside}[part](data, given)
-        RESULTS.parent.mkdir(exist_ok=True)
-        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # other parts of the city write here too
-        RESULTS.write_text(json.dumps({**kept, part: measured}, indent=1))
+        keep("city", part, measured)
         print("\n".join(table(part, measured)))
     return 0
 

@@ -370,6 +370,9 @@ class Commuting:
 
     # ------------------------------------------------------------ what is delivered
 
+    def write(self, **_: Any) -> None:
+        """Nothing: Zarr and NetCDF are all there is."""
+
     def dataset_of(self, samples: Sample, question: Question) -> xr.Dataset:
         variable = self.sample[TRIPS]
         attrs = {"units": variable.units, "long_name": f"synthetic {variable.long_name}"}

@@ -573,6 +573,9 @@ class Sensors:
 
     # ------------------------------------------------------------ what is delivered
 
+    def write(self, **_: Any) -> None:
+        """Nothing: Zarr and NetCDF are all there is."""
+
     def dataset_of(self, samples: Sample, question: Question) -> xr.Dataset:
         """Generated windows `[member, time, (sensor,) step]`; `time` is that of a window's first step, `step` minutes after it."""
         dims = ("member", "time", *((SENSOR,) if self.along_sensors else ()), "step")
