@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sqlite3
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +49,16 @@ def both(before: interventions.City, after: interventions.City) -> interventions
     return jax.tree.map(lambda a, b: np.stack([np.asarray(a), np.asarray(b)]), before, after)
 
 
-def simulated(twin, asked, count=2, seed=0):
-    """Outcomes of `count` recorded days under a scenario, `[day, ...]`, and the question."""
+PHYSICS: dict[int, Any] = {}  # of a twin, compiled once
+
+
+def simulated(twin, asked):
+    """Outcomes of two recorded days under a scenario, `[day, ...]`, the question, and its conditions of both days."""
+    physics = PHYSICS.setdefault(id(twin), jax.jit(jax.vmap(twin.simulate)))
     question = twin.ask(asked, None)
-    sample, _ = twin.days(np.arange(3, 3 + count))
-    condition = {name: jnp.repeat(jnp.asarray(value), count, axis=0) for name, value in question.condition.items()}
-    keys = jax.random.split(jax.random.key(seed), count)
-    return jax.vmap(twin.simulate)(sample, condition, keys), question, condition
+    sample, _ = twin.days(np.arange(3, 5))
+    condition = {name: np.repeat(value, 2, axis=0) for name, value in question.condition.items()}
+    return jax.device_get(physics(sample, condition, jax.random.split(jax.random.key(0), 2))), question, condition
 
 
 # ---------------------------------------------------------------- recorded days
@@ -110,10 +114,8 @@ def test_a_drawn_day_has_the_mean_and_the_spread_of_recorded_ones(twin):
     statistics = twin.fit()
     _, condition = twin.days(np.repeat(3, 400))
     target = np.random.default_rng(0).normal(size=(400, 1, len(statistics["scale"]))).astype(np.float32)
-    with jax.numpy_rank_promotion("allow"):
-        drawn = jax.vmap(lambda t, c, k: twin.simulate(twin.decode(statistics, t, c), c, k))(
-            target, condition, jax.random.split(jax.random.key(0), 400)
-        )
+    draw = jax.jit(jax.vmap(lambda t, c, k: twin.simulate(twin.decode(statistics, t, c), c, k)))
+    drawn = draw(target, condition, jax.random.split(jax.random.key(0), 400))
     recorded, kind = twin.days(np.arange(51))
     same = (kind["weekday"] == condition["weekday"][0]) & ((kind["rain"] > 0) == (condition["rain"][0] > 0))
     for name in ("trips_day", "trips_evening"):
@@ -236,11 +238,13 @@ def _may_close(twin, street):
 
 def test_a_draw_does_not_depend_on_its_neighbours(twin):
     asked = scenario({"do": "modal_shift", "share": 0.2})
-    two, _, _ = simulated(twin, asked, 2)
+    two, _, _ = simulated(twin, asked)
     question = twin.ask(asked, None)
     sample, _ = twin.days(np.arange(3, 5))
-    key = jax.random.split(jax.random.key(0), 2)[1]
-    alone = twin.simulate({k: v[1] for k, v in sample.items()}, {k: jnp.asarray(v[0]) for k, v in question.condition.items()}, key)
+    turned = {k: v[::-1] for k, v in sample.items()}
+    keys = jax.random.split(jax.random.key(0), 2)[::-1]
+    condition = {k: np.repeat(v, 2, axis=0) for k, v in question.condition.items()}
+    alone = jax.tree.map(lambda v: v[0], jax.device_get(PHYSICS[id(twin)](turned, condition, keys)))
     np.testing.assert_array_equal(np.asarray(alone["flow"]), np.asarray(two["flow"])[1])
     share = float(alone["car_trips"][1].sum() / alone["car_trips"][0].sum())
     assert share == pytest.approx(0.8, abs=0.02)  # fewer cars are faster, which brings a few back
@@ -310,7 +314,7 @@ def test_days_are_drawn_that_agree_with_a_count(twin, network):
     """The counted flow lies two standard deviations above the usual one; guided draws have it, in an equilibrium of their own."""
     statistics = twin.fit()
     modest = {"do": "modal_shift", "share": 0.1}
-    outcome, _, _ = simulated(twin, scenario(modest), 4)
+    outcome, _, _ = simulated(twin, scenario(modest))
     usual = np.asarray(outcome["flow"])[:, 0, 1]  # by day
     link = int(usual.mean(0).argmax())
     wanted = float(usual[:, link].mean() * 1.08)
@@ -323,7 +327,8 @@ def test_days_are_drawn_that_agree_with_a_count(twin, network):
     gradient = jax.grad(lambda target: observed.operator(target)[0])(mean_day)
     towards = gradient * (wanted - observed.operator(mean_day)[0]) / jnp.sum(gradient**2)
     for target, agrees in ((mean_day, False), (towards, True)):
-        made = twin.simulate(decode(target), condition, jax.random.key(0))
+        pair = jax.tree.map(lambda one: jnp.stack([one, one]), (decode(target), condition))
+        made = jax.tree.map(lambda v: v[0], PHYSICS[id(twin)](*pair, jax.random.split(jax.random.key(0), 2)))
         assert (float(question.misses(made, condition)) == 0) is agrees
     with pytest.raises(BadInput, match="counts: link 'nowhere': the network has none of that name"):
         twin.ask(scenario(modest, counts=[{**counted, "link": "nowhere"}]), None)

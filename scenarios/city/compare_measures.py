@@ -1,4 +1,4 @@
-"""Which measure does most for the air, the climate and the roads? Runs several scenarios and draws them beside each other.
+"""Runs several scenarios and draws beside each other what they do for the climate, the air and the roads.
 
 python scenarios/city/compare_measures.py [SCENARIO ...] [NAME=VALUE ...]
 """

@@ -1,4 +1,4 @@
-"""How many cars and vans have to be electric until traffic's CO2 has fallen by a wished-for share?
+"""Finds how many cars and vans have to be electric until traffic's CO2 has fallen by a wished-for share.
 
 python scenarios/city/electric_ladder.py [GOAL in %, 30 by default] [NAME=VALUE ...]
 """

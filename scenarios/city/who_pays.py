@@ -1,4 +1,4 @@
-"""A dearer cordon drives more traffic away, and costs some districts more than others: at which price does which district lose most?
+"""Raises the price of a cordon, and names at each price the districts whose trips become dearest and cheapest.
 
 python scenarios/city/who_pays.py [NAME=VALUE ...]
 """
