@@ -21,27 +21,26 @@ def score(twin: "CityTwin", generated: Sample, truth: Sample, condition: Conditi
     """Scores of `generated` `[member, n, zone, zone]` by `truth` `[n, zone, zone]`: pairs of zones, districts' totals, the whole city."""
     table: dict[str, Score] = {}
     curves: dict[str, np.ndarray] = {}
-    every: list[np.ndarray] = []
+    drawn = {name: np.asarray(generated[name], np.float32) for name in twin.sample}
+    true = {name: np.asarray(truth[name], np.float32) for name in twin.sample}
     for name in twin.sample:
-        drawn, true = np.asarray(generated[name], np.float32), np.asarray(truth[name], np.float32)
-        every.append(drawn)
-        members = len(drawn)
-        totals = {"pair": (drawn, true), "district": (drawn.sum(-1), true.sum(-1)), "city": (drawn.sum((-1, -2)), true.sum((-1, -2)))}
-        for level, (ours, theirs) in totals.items():
-            ours, theirs = (x[..., None] if level == "city" else x for x in (ours, theirs))
-            table[f"{name}: CRPS of a {level}'s trips"] = metrics.interval(metrics.crps(ours, theirs), block=BLOCK, units="1")
-            squared, spread = metrics.squared_error(ours, theirs), metrics.variance(ours)
-            ratio = metrics.interval([spread, squared], metrics.spread_skill_ratio(members), block=BLOCK, ideal=1.0)
-            table[f"{name}: spread-skill ratio, {level}"] = ratio
-        share = np.array([cpc(drawn[0, day], true[day]) for day in range(len(true))])
-        table[f"{name}: common part of trips, one draw"] = metrics.interval(share, block=BLOCK, ideal=1.0)
-        curves[f"rank/{name}"] = metrics.rank_counts(drawn, true).mean(0)
-    day = np.sum(every, axis=0)
-    true_day = np.sum([np.asarray(truth[name]) for name in twin.sample], axis=0)
-    table["energy score of a day's trips"] = metrics.interval(metrics.energy_score(day, true_day), block=BLOCK, units="1")
-    empty = abs(float((day == 0).mean()) - float((true_day == 0).mean()))
-    table["share of empty pairs, error"] = Score(empty, 0.0)
+        _ensemble(f"{name}: ", "pair", drawn[name], true[name], table)
+        curves[f"rank/{name}"] = metrics.rank_counts(drawn[name], true[name]).mean(0)
+    day, true_day = np.sum(list(drawn.values()), axis=0), np.sum(list(true.values()), axis=0)
+    _ensemble("day: ", "pair", day, true_day, table)
+    _ensemble("day: ", "district", day.sum(-1), true_day.sum(-1), table)
+    _ensemble("day: ", "city", day.sum((-1, -2))[..., None], true_day.sum((-1, -2))[..., None], table)
+    share = np.array([cpc(day[0, one], true_day[one]) for one in range(len(true_day))])
+    table["day: common part of trips, one draw"] = metrics.interval(share, block=BLOCK, ideal=1.0)
+    table["day: energy score"] = metrics.interval(metrics.energy_score(day, true_day), block=BLOCK, units="1")
     return Scores(table, curves)
+
+
+def _ensemble(of: str, level: str, drawn: np.ndarray, true: np.ndarray, table: dict[str, Score]) -> None:
+    """Adds the CRPS and the spread-skill ratio of `drawn` `[member, n, ...]` by `true` `[n, ...]`."""
+    table[f"{of}CRPS of a {level}'s trips"] = metrics.interval(metrics.crps(drawn, true), block=BLOCK, units="1")
+    parts = [metrics.variance(drawn), metrics.squared_error(drawn, true)]
+    table[f"{of}spread-skill ratio, {level}"] = metrics.interval(parts, metrics.spread_skill_ratio(len(drawn)), block=BLOCK, ideal=1.0)
 
 
 def membership(twin: "CityTwin", generated: Sample, truth: Sample, ask: Callable[[Question], Sample]) -> Score:
