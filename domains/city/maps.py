@@ -46,7 +46,7 @@ def air(place: Place, before: np.ndarray, change: np.ndarray, label: str) -> byt
         (axes[1], change, CHANGE, TwoSlopeNorm(0.0, -most, most), "change"),
     ):
         _roads(at, place)
-        x, y = place.receptors.T / 1000
+        x, y = (place.receptors - _middle(place)).T / 1000
         shown = at.tricontourf(x, y, values, levels=24, cmap=colours, norm=norm, zorder=1, alpha=0.85)
         figure.colorbar(shown, ax=at, shrink=0.75, label=label)
         at.set_title(title)
@@ -72,17 +72,22 @@ def _pair(place: Place) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=SIZE, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
-    low, high = np.quantile(place.receptors, [0, 1], axis=0)
+    low, high = np.quantile(place.receptors, [0, 1], axis=0) - _middle(place)
     margin = 0.06 * (high - low)
     for at in axes:
         at.set_xlim((low[0] - margin[0]) / 1000, (high[0] + margin[0]) / 1000)
         at.set_ylim((low[1] - margin[1]) / 1000, (high[1] + margin[1]) / 1000)
         at.set_aspect("equal")
-        at.set_xlabel("km east"), at.set_ylabel("km north")
+        at.set_xlabel("km east of the middle"), at.set_ylabel("km north of it")
         at.tick_params(labelsize=7)
         if place.water is not None:
-            at.plot(*(place.water / 1000).T, color="#9ecae1", linewidth=7, alpha=0.7, zorder=0, solid_capstyle="round")
+            at.plot(*((place.water - _middle(place)) / 1000).T, color="#9ecae1", linewidth=7, alpha=0.7, zorder=0, solid_capstyle="round")
     return figure, axes
+
+
+def _middle(place: Place) -> np.ndarray:
+    """The point that maps count kilometres from, m, `[2]`."""
+    return place.receptors.mean(0)
 
 
 def _courses(place: Place, links: np.ndarray) -> list[np.ndarray]:
@@ -94,7 +99,7 @@ def _courses(place: Place, links: np.ndarray) -> list[np.ndarray]:
         points = network.shape[link] if network.shape is not None else xy[[network.start[link], network.end[link]]]
         along = points[-1] - points[0]
         right = np.array([along[1], -along[0]]) / max(float(np.hypot(*along)), 1e-9)
-        found.append((points + 14.0 * right) / 1000)
+        found.append((points + 14.0 * right - _middle(place)) / 1000)
     return found
 
 

@@ -310,10 +310,10 @@ def _for_whom(twin: "CityTwin", dataset: xr.Dataset) -> Section:
             [
                 twin.place.zone_name[zone],
                 f"{population[zone]:,.0f}" if population is not None else "-",
-                f"{change[:, zone].mean():+.2f}",
-                f"{low:+.2f} to {high:+.2f}",
-                f"{fewer:+.1f}",
-                f"{breathed[zone]:+.2f}" if np.isfinite(breathed[zone]) else "not computed",
+                _rounded(change[:, zone].mean(), 2),
+                f"{_rounded(low, 2)} to {_rounded(high, 2)}",
+                _rounded(fewer, 1),
+                _rounded(breathed[zone], 2) if np.isfinite(breathed[zone]) else "not computed",
             ]
         )
     text = ["Who wins stands on top. A trip's cost is its time and, at the value of time, what it pays; charges go to the city's purse."]
@@ -336,6 +336,11 @@ def _days(twin: "CityTwin", evaluation: Any) -> Section:
 def write(twin: "CityTwin", asked: Any, dataset: xr.Dataset, folder: Path) -> None:
     """The formats that the scenario asks for, beside Zarr."""
     outputs.write(twin.place, dataset, {name: ranges(values) for name, values in indicators(twin, dataset).items()}, asked.formats, folder)
+
+
+def _rounded(value: float, digits: int) -> str:
+    """With its sign, which a value that rounds to 0 has none of."""
+    return f"{value:+.{digits}f}" if round(float(value), digits) else f"{0:.{digits}f}"
 
 
 def _number(value: float) -> str:
