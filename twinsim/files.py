@@ -69,6 +69,8 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
 
 def write_zarr(dataset: xr.Dataset, path: Path) -> None:
     """A Zarr v3 store whose chunks carry a CRC32C, so that a flipped bit is an error and not a value."""
+    texts = [name for name, values in dataset.variables.items() if values.dtype.kind == "U"]  # Zarr v3 has no type for a fixed length
+    dataset = dataset.assign_coords({name: dataset[name].astype(object) for name in texts})
     encoding = {
         name: {
             "chunks": tuple(

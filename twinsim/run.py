@@ -510,7 +510,8 @@ def _answer(
     )
     with progress("report"):
         sections = domain.sections(asked=wanted, question=question, dataset=dataset, rules=rules, evaluation=judged)
-        sections = [*sections, report.scorecard(judged.scores), report.curves(judged.scores), _check_section(rules, judged)]
+        behind = [report.curves(judged.scores)] if any(scores.curves for scores in judged.scores.values()) else []
+        sections = [*sections, report.scorecard(judged.scores), *behind, _check_section(rules, judged)]
         highlights = {"members": str(question.members)}
         if checks:
             highlights["rules kept"] = f"{min(each['kept'] for each in checks.values()):.1%}"

@@ -52,7 +52,7 @@ def dataset_of(twin: "CityTwin", samples: Sample, question: Question) -> xr.Data
         if name in samples:
             data[written] = ((*lead, *dims), np.asarray(samples[name]), {"units": units, "long_name": f"synthetic {meaning}"})
     members = len(np.asarray(samples[next(iter(samples))]))
-    zone = _words(place.zone_name)
+    zone = list(place.zone_name)
     coords: dict[str, Any] = {
         "member": ("member", np.arange(members), {"standard_name": "realization", "long_name": "sampled day", "units": "1"}),
         **question.coords,
@@ -62,26 +62,21 @@ def dataset_of(twin: "CityTwin", samples: Sample, question: Question) -> xr.Data
     if "flow" in samples:
         metres = {"units": "m", "long_name": "length"}
         coords |= {
-            "case": _words(CASES),
-            "period": _words([period.name for period in PERIODS]),
+            "case": list(CASES),
+            "period": [period.name for period in PERIODS],
             "hours": ("period", LENGTHS, {"units": "h", "long_name": "length of the part of the day"}),
-            "link": _words(network.link_id),
-            "street": ("link", _words(network.name)),
-            "from_node": ("link", _words(network.node_id[network.start])),
-            "to_node": ("link", _words(network.node_id[network.end])),
+            "link": network.link_id,
+            "street": ("link", network.name),
+            "from_node": ("link", network.node_id[network.start]),
+            "to_node": ("link", network.node_id[network.end]),
             "length": ("link", network.length, metres),
-            "road": _words(network.link_id[place.roads]),
+            "road": network.link_id[place.roads],
             "zone": zone,
             "x": ("receptor", place.receptors[:, 0], {"units": "m", "standard_name": "projection_x_coordinate"}),
             "y": ("receptor", place.receptors[:, 1], {"units": "m", "standard_name": "projection_y_coordinate"}),
             "people": ("receptor", place.people, {"units": "1", "long_name": "people who live there"}),
         }
     return xr.Dataset(data, coords)
-
-
-def _words(names: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Text of any length, which Zarr v3 has a type for; it has none for text of fixed length."""
-    return np.array([str(name) for name in names], object)
 
 
 # ---------------------------------------------------------------- indicators

@@ -215,7 +215,9 @@ def maps(domain: "Sensors", panels: Mapping[str, np.ndarray]) -> bytes:
         step = hours[1] - hours[0]
         for axis, (label, panel) in zip(axes.flat, panels.items(), strict=False):
             box = (hours[0] - step / 2, hours[-1] + step / 2, len(panel) - 0.5, -0.5)
-            image = axis.imshow(panel, aspect="auto", cmap="RdYlGn", vmin=low, vmax=max(high, low + 1e-6), extent=box, interpolation="none")
+            image = axis.imshow(
+                panel, aspect="auto", cmap="viridis", vmin=low, vmax=max(high, low + 1e-6), extent=box, interpolation="none"
+            )
             axis.set_title(label, fontsize=8, loc="left")
             axis.tick_params(labelsize=7, length=2)
         for axis in axes[:, 0]:
