@@ -45,7 +45,7 @@ examples:
   twinsim train domain=climate/downscale seed=1          a model; the same command goes on where it was stopped
   twinsim evaluate domain=climate/downscale -m seed=0,1,2   a sweep
   twinsim calibrate city network=NET counts=FILE out=FOLDER   trips that agree with traffic counts; or a YAML file with these words
-  twinsim optimise city out=FOLDER                       tolls for the least time on the road, in the made-up city; network= and demand= for another
+  twinsim optimise city aim.CO2=1 out=FOLDER             tolls or signals that cost least time and CO2; network= and demand= for another
   twinsim plan domain=climate/downscale scale=lumi scale.slurm.nodes=8   what that training will need there; --json
   twinsim status                                         how the sweeps that SLURM runs stand
   twinsim verify out/runs/warm-winter-1a2b3c4d5e         is anything changed, missing or added?

@@ -38,7 +38,7 @@ def traffic(place: Place, flow: np.ndarray, change: np.ndarray, capacity: np.nda
 
 
 def measures(place: Place, toll: np.ndarray, capacity: np.ndarray, change: np.ndarray) -> bytes:
-    """Tolls, euro, or, where there are none, changes of capacity, as a share of it; beside them the change of flow, veh/h. `[link]` each."""
+    """Tolls, euro, or, where there are none, changes of capacity as a share of it; beside them the change of flow, veh/h. `[link]`."""
     roads = place.roads
     figure, axes = _pair(place)
     priced = bool((toll[roads] > 0).any())

@@ -43,9 +43,9 @@ from twinsim.base import Array, BadInput
 
 UNITS = {"time": "vehicle hours an hour", "CO2": "kg/h", "NOx": "kg/h", "NO2": "ug/m3 of traffic where people live"}
 ROUNDS = 10
-SHARPNESS = (100.0, 300.0, 1000.0, 3000.0)  # of drivers, over the mean cost of a trip: 1000 tells ways apart that differ by 0.1 %
+SHARPNESS = (10.0, 30.0, 100.0, 300.0, 1000.0)  # of drivers, over the mean cost of a trip: 1000 tells ways apart that differ by 0.1 %
 LEAST_GAIN = 1e-4  # of the aim; a round at the last sharpness that gains less is the last
-EVALUATIONS = 60  # of the smooth mode in a round, about
+EVALUATIONS = 100  # of the smooth mode in a round, about
 _SHARES = 0.5 ** np.arange(5)  # of the way to the smooth optimum that are tried in the exact equilibrium
 _STEEPEST = 6.0  # of ln of a phase's share of green against the others, to either side
 _DEMAND_ROUNDS, _SETTLED = 40, 1e-6  # of trips and traffic in turn; change of all trips, relative, at which they agree
@@ -98,7 +98,7 @@ class Levers:
         _, at, count = np.unique(signals.junction, return_inverse=True, return_counts=True)
         weight = jnp.exp(jnp.asarray(x)[len(self.links) :])
         share = weight / jax.ops.segment_sum(weight, at, len(count))[at]
-        return signals.least + (1 - signals.lost - count[at] * signals.least) * share
+        return jnp.asarray(signals.least + (1 - signals.lost - count[at] * signals.least) * share)
 
     def apply(self, network: Network, x: Array) -> tuple[jax.Array, jax.Array]:
         """Toll, s, and capacity, veh/h, `[link]` each."""
@@ -248,14 +248,14 @@ def optimise(
     nothing changes. Raises BadInput on numbers that make no sense, and where there is nothing to change.
     """
     matrix = np.asarray(trips.trips if isinstance(trips, Demand) else trips, float)
-    aim = {name: weight for name, weight in (aim or {"time": 1.0}).items() if weight != 0}
+    aim = {name: weight for name, weight in ({"time": 1.0} if aim is None else aim).items() if weight != 0}
     measure = Measure.of(network, air)
     _check_aim(aim, measure)
     _check_levers(network, levers)
     x = levers.nothing if start is None else np.asarray(start, float)
     if x.shape != (levers.size,):
         raise BadInput(f"optimise: expected {levers.size} variables to start from, got {list(x.shape)}")
-    model = _Model(network, matrix, levers, aim, measure, response, gap)
+    model = Model(network, matrix, levers, aim, measure, response, gap)
     now = model.settle_today()
     here = model.settle(x, now)
     # ways that the system optimum takes may matter once there are tolls
@@ -263,17 +263,18 @@ def optimise(
     ways = _union([now.found.paths, here.found.paths, equilibrium(marginal, matrix, 1e-4).paths])
     per_trip = float(now.found.flow @ now.found.time) / max(float(matrix.sum() - np.trace(matrix)), 1e-300)
     best, history, log, converged, sharp = here, [model.value(here, now)], [], False, 0
+    smooth = model.smooth(ways, now)
     for done in range(rounds):
         theta = SHARPNESS[sharp] / per_trip
-        smooth = model.smooth(ways, theta, now)
         found = minimize(
-            smooth, best.x, jac=True, method="L-BFGS-B", bounds=levers.bounds,
-            options={"maxfun": EVALUATIONS, "maxls": 12, "ftol": 1e-9, "gtol": 1e-9},
+            lambda x, theta=theta, smooth=smooth: smooth(x, theta)[:2], best.x, jac=True, method="L-BFGS-B", bounds=levers.bounds,
+            options={"maxfun": EVALUATIONS, "maxls": 12, "ftol": 1e-12, "gtol": 1e-9},
         )  # fmt: skip
         taken, known = 0.0, ways.links.shape[0]
+        all_ways = ways
         for share in _SHARES:
             there = model.settle(best.x + share * (found.x - best.x), now)
-            ways = _union([ways, there.found.paths])
+            all_ways = _union([all_ways, there.found.paths])
             if model.value(there, now) < history[-1]:
                 best, taken = there, float(share)
                 break
@@ -281,6 +282,8 @@ def optimise(
         log.append(Round(float(found.fun), model.value(there, now), taken, known, theta, int(found.nfev)))
         progress(done + 1, rounds)
         gained = history[-2] - history[-1]
+        if all_ways.links.shape[0] > known:  # else the compiled one will do
+            ways, smooth = all_ways, model.smooth(all_ways, now)
         last = sharp == len(SHARPNESS) - 1
         if last and gained < LEAST_GAIN * history[-2] and ways.links.shape[0] <= 1.02 * known:
             converged = True
@@ -289,7 +292,7 @@ def optimise(
     if model.value(now, now) < history[-1]:  # from a bad start, what there is may be better
         best = now
         history.append(model.value(now, now))
-    aims, flow = model.smooth_state(ways, SHARPNESS[-1] / per_trip, now, best.x)
+    aims, _, flow = smooth(best.x, SHARPNESS[-1] / per_trip)
     error = float(np.sqrt(np.mean((flow - best.found.flow) ** 2)) / max(best.found.flow.mean(), 1e-300))
     with jax.enable_x64():
         toll, capacity = (np.asarray(part) for part in levers.apply(network, best.x))
@@ -324,7 +327,10 @@ def signals(network: Network, nodes: Sequence[int] | np.ndarray | None = None, *
         raise BadInput(f"signals: expected a lost share of the cycle of 0 to 1 and a least green above 0, got {lost} and {least}")
     free = np.isin(network.kind, FREE_FLOWING)
     zone = set(network.zone.tolist()) if not network.through_zones else set()
-    approach, phase, junction, saturation = [], [], [], []
+    approach: list[int] = []
+    phase: list[int] = []
+    junction: list[int] = []
+    saturation: list[float] = []
     for node in np.arange(network.nodes) if nodes is None else np.unique(nodes):
         links = np.flatnonzero((network.end == node) & ~free)
         group = _phases(network, links)
@@ -332,7 +338,9 @@ def signals(network: Network, nodes: Sequence[int] | np.ndarray | None = None, *
         ends = set(network.start[links].tolist()) | set(network.end[(network.start == node) & ~free].tolist())
         if count < 2 or (nodes is None and (len(ends) < 3 or int(node) in zone)):
             if nodes is not None:
-                raise BadInput(f"signals at node {network.node_id[node]}: expected roads of two phases or more that meet there, got {count}")
+                raise BadInput(
+                    f"signals at node {network.node_id[node]}: expected roads of two phases or more that meet there, got {count}"
+                )
             continue
         if count * least > 1 - lost:
             raise BadInput(
@@ -367,8 +375,8 @@ def optimise_files(
     """Optimises a city and writes the answer into `folder`; returns what came out, in lines.
 
     The city is that of a `network` and a `demand` of veh/h (`calibration.read_trips`), or else a made-up one on a weekday morning.
-    Written: gmns/ (the network with tolls and capacities), trips.npz, tolls.csv, streets.csv, splits.csv, optimum.json, convergence.svg and,
-    where there is a map, map.png. Raises BadInput.
+    Written: gmns/ (the network with tolls and capacities), trips.npz, tolls.csv, streets.csv, splits.csv, optimum.json, convergence.svg
+    and, where there is a map, map.png. Raises BadInput.
     """
     if not (np.isfinite(value_of_time) and value_of_time > 0):
         raise BadInput(f"value_of_time: expected euro/h above 0, got {value_of_time}")
@@ -376,9 +384,9 @@ def optimise_files(
         raise BadInput(f"rounds: expected 1 or more, got {rounds}")
     city, trips = _city(network, demand, dict(made_up or {}), zones)
     levers = _levers(city, dict(tolls or {}), dict(signals or {}), value_of_time)
-    wanted = {name: float(weight) for name, weight in (aim or {"time": 1.0}).items() if weight}
+    wanted = {name: float(weight) for name, weight in ({"time": 1.0} if aim is None else aim).items()}
     air = None
-    if "NO2" in wanted:
+    if wanted.get("NO2"):
         if not (city.people.sum() > 0 and city.network.has_map):
             raise BadInput("aim.NO2: expected a network with a map and people in its zones, got one without")
         air = Air.of(city)
@@ -418,7 +426,7 @@ def _levers(city: Place, tolls: dict[str, Any], wanted: dict[str, Any], value_of
         shares = {name: float(wanted[name]) for name in ("lost", "least") if name in wanted}
         nodes: np.ndarray | None = None
         if where == "streets":
-            nodes = np.intersect1d(network.end[city.streets(names)], signals(network, **shares).junction)
+            nodes = np.intersect1d(network.end[city.streets(names)], signals(network, None, **shares).junction)
         elif where == "nodes":
             nodes = np.array([_node(network, name) for name in names], int)
         chosen = signals(network, nodes, **shares)
@@ -453,7 +461,9 @@ def _where(what: str, given: Mapping[str, Any], known: tuple[str, ...]) -> tuple
     where, names = given.get("where", known[0]), given.get("names") or []
     if where not in known:
         close = difflib.get_close_matches(str(where), known, 1)
-        raise BadInput(f"{what}.where: expected one of {', '.join(known)}, got {where!r}" + (f"; did you mean {close[0]}?" if close else ""))
+        raise BadInput(
+            f"{what}.where: expected one of {', '.join(known)}, got {where!r}" + (f"; did you mean {close[0]}?" if close else "")
+        )
     names = [str(name) for name in ([names] if isinstance(names, str | int) else names)]
     needed = where in ("streets", "districts", "cordon", "nodes")
     if needed != bool(names):
@@ -489,8 +499,8 @@ def _write(found: Optimum, city: Place, levers: Levers, aim: Mapping[str, float]
         for street in sorted(set(network.name[levers.links].tolist()) - {""}):
             links = levers.links[network.name[levers.links] == street]
             toll = euro * found.toll[links]
-            values = (np.mean(toll), np.max(toll), toll @ flow[1][links])
-            table.writerow((street, int((toll > 0).sum()), *(round(float(value), 3) for value in values)))
+            numbers = (np.mean(toll), np.max(toll), toll @ flow[1][links])
+            table.writerow((street, int((toll > 0).sum()), *(round(float(value), 3) for value in numbers)))
     if levers.signals is not None:
         with (folder / "splits.csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
@@ -498,9 +508,9 @@ def _write(found: Optimum, city: Place, levers: Levers, aim: Mapping[str, float]
             first = {node: index for index, node in reversed(list(enumerate(levers.signals.junction.tolist())))}
             for link, phase in zip(levers.signals.approach.tolist(), levers.signals.phase.tolist(), strict=True):
                 node = int(levers.signals.junction[phase])
-                numbers = (found.green[phase], network.capacity[link], found.capacity[link])
+                shares = (found.green[phase], network.capacity[link], found.capacity[link])
                 row = (network.node_id[node], phase - first[node] + 1, network.link_id[link], network.name[link])
-                table.writerow((*row, *(round(float(value), 4) for value in numbers)))
+                table.writerow((*row, *(round(float(value), 4) for value in shares)))
     (folder / "optimum.json").write_text(json.dumps(summary(found, aim, value_of_time), indent=1))
     (folder / "convergence.svg").write_bytes(convergence(found))
     if network.has_map:
@@ -538,16 +548,16 @@ def lines(found: Optimum, levers: Levers, value_of_time: float) -> list[str]:
     if len(levers.links):
         euro = found.toll * value_of_time / 3600
         paid = float(euro @ found.after.flow)
-        answer.append(f"tolls {int((euro > 0).sum())} of {len(levers.links)} links, up to {euro.max():.2f} euro; {paid:.0f} euro paid an hour")
+        answer.append(
+            f"tolls {int((euro > 0).sum())} of {len(levers.links)} links, up to {euro.max():.2f} euro; {paid:.0f} euro paid an hour"
+        )
     if levers.signals is not None:
         count = len(np.unique(levers.signals.junction))
         answer.append(f"green {count} junctions, phases of {found.green.min():.0%} to {found.green.max():.0%} of the cycle")
     trips = [_between(matrix) for matrix in (found.trips_before, found.trips_after)]
     if abs(trips[1] - trips[0]) > 1e-6 * trips[0]:
         answer.append(f"trips {trips[0]:.0f} -> {trips[1]:.0f} veh/h: part of the gain is that fewer drive")
-    answer.append(
-        f"exact user equilibria; the smooth model that was optimised puts the aim at {found.smooth:.4f} of today's, they at {found.aim[-1]:.4f}"
-    )
+    answer.append(f"aim   {found.aim[-1]:.4f} of today's in exact user equilibria, as all above; {found.smooth:.4f} in the smooth model")
     if found.aim[-1] >= found.aim[0]:
         answer.append("no gain of the smooth model held in the exact equilibrium: everything stays as it was")
     if not found.converged:
@@ -575,7 +585,7 @@ def convergence(found: Optimum) -> bytes:
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """Variables, the exact equilibrium that they lead to, its trips, and what it costs by name."""
 
     x: np.ndarray
@@ -585,7 +595,7 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Model:
+class Model:
     """A city, what may be changed in it, and what for."""
 
     network: Network
@@ -596,11 +606,11 @@ class _Model:
     response: Response | None
     gap: float
 
-    def settle_today(self) -> _State:
+    def settle_today(self) -> State:
         found = self._equilibrium(self.network, self.trips, None)
-        return _State(self.levers.nothing, found, self.trips, self._values(found))
+        return State(self.levers.nothing, found, self.trips, self._values(found))
 
-    def settle(self, x: np.ndarray, now: _State) -> _State:
+    def settle(self, x: np.ndarray, now: State) -> State:
         """The exact equilibrium under the measures, trips and their costs in agreement."""
         x = np.clip(x, *np.array(self.levers.bounds).T)
         with jax.enable_x64():
@@ -615,45 +625,37 @@ class _Model:
                 break
             trips = (trips + wish) / 2
             found = self._equilibrium(network, trips, toll)
-        return _State(x, found, trips, self._values(found))
+        return State(x, found, trips, self._values(found))
 
-    def value(self, state: _State, now: _State) -> float:
+    def value(self, state: State, now: State) -> float:
         """The aim, over today's."""
         return sum(weight * state.values[name] / now.values[name] for name, weight in self.aim.items()) / sum(self.aim.values())
 
-    def smooth(self, ways: Paths, theta: float, now: _State) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
-        """The smooth model's aim, over today's, and its gradient."""
-        both = jax.jit(jax.value_and_grad(self._smooth(ways, theta, now), has_aux=True))
-
-        def at(x: np.ndarray) -> tuple[float, np.ndarray]:
-            with jax.enable_x64():
-                (value, _), gradient = both(jnp.asarray(x))
-            if not np.isfinite(value):
-                raise FloatingPointError(f"optimise: the smooth equilibrium is not finite at a sharpness of {theta:g} 1/s")
-            return float(value), np.asarray(gradient, float)
-
-        return at
-
-    def smooth_state(self, ways: Paths, theta: float, now: _State, x: np.ndarray) -> tuple[float, np.ndarray]:
-        """The smooth model's aim, over today's, and its flows, veh/h."""
+    def smooth(self, ways: Paths, now: State) -> Callable[[np.ndarray, float], tuple[float, np.ndarray, np.ndarray]]:
+        """The smooth model over given ways: from variables and drivers' sharpness, 1/s, the aim over today's, its gradient by the
+        variables, and flows, veh/h, `[link]`."""
         with jax.enable_x64():
-            value, flow = jax.jit(self._smooth(ways, theta, now))(jnp.asarray(x))
-            return float(value), np.asarray(flow)
-
-    def _smooth(self, ways: Paths, theta: float, now: _State) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-        with jax.enable_x64():
-            fixed = logit_parameters(self.network, self.trips, theta) | {"base_cost": jnp.asarray(_finite(now.found.cost))}
+            fixed = logit_parameters(self.network, self.trips, 1.0) | {"base_cost": jnp.asarray(_finite(now.found.cost))}
         response = None if self.response is None else _answer(self.response)
 
-        def value(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def value(x: jax.Array, theta: jax.Array) -> tuple[jax.Array, jax.Array]:
             toll, capacity = self.levers.apply(self.network, x)
-            flow = logit_flow(ways, {**fixed, "toll": toll[None], "capacity": capacity}, response)
+            flow = logit_flow(ways, {**fixed, "theta": theta, "toll": toll[None], "capacity": capacity}, response)
             time = fixed["free_time"] * (1 + fixed["alpha"] * (flow / capacity) ** fixed["beta"])
             found = self.measure(flow, time)
             parts = [weight / now.values[name] * found[name].astype(float) for name, weight in self.aim.items()]
             return jnp.sum(jnp.stack(parts)) / sum(self.aim.values()), flow
 
-        return value
+        both = jax.jit(jax.value_and_grad(value, has_aux=True))
+
+        def at(x: np.ndarray, theta: float) -> tuple[float, np.ndarray, np.ndarray]:
+            with jax.enable_x64():
+                (found, flow), gradient = both(jnp.asarray(x), jnp.asarray(theta, float))
+            if not np.isfinite(found):
+                raise FloatingPointError(f"optimise: the smooth equilibrium is not finite at a sharpness of {theta:g} 1/s")
+            return float(found), np.asarray(gradient, float), np.asarray(flow)
+
+        return at
 
     def _equilibrium(self, network: Network, trips: np.ndarray, toll: np.ndarray | None) -> Equilibrium:
         with warnings.catch_warnings():
@@ -687,7 +689,8 @@ def _union(sets: Sequence[Paths]) -> Paths:
         links = table.indices[table.indptr[row] : table.indptr[row + 1]]
         first.setdefault(ends[row].tobytes() + links.tobytes(), row)
     kept = np.fromiter(first.values(), int)
-    return Paths(table[kept], *ends[kept].T, flow[kept])
+    user, origin, destination = ends[kept].T
+    return Paths(table[kept], user, origin, destination, flow[kept])
 
 
 def _phases(network: Network, links: np.ndarray) -> np.ndarray:
