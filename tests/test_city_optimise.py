@@ -191,6 +191,8 @@ def test_what_cannot_be_optimised_is_one_sentence() -> None:
             optimise(network, pair(10.0), levers, **options)
 
     refused("there is nothing to optimise", tolls([], 1.0))
+    with pytest.raises(BadInput, match="expected trips .* with some between zones"):
+        optimise(network, pair(0.0), tolls([0], 1.0))
     refused("toll of link 2: expected a highest toll above 0 s, got -1", tolls([1], -1.0))
     refused("expected some of time, CO2, NOx, NO2, got 'tme'; did you mean time", tolls([0], 1.0), aim={"tme": 1.0})
     refused("aim.time: expected a weight of 0 or more, got -1", tolls([0], 1.0), aim={"time": -1.0})

@@ -249,6 +249,8 @@ def optimise(
     """
     matrix = np.asarray(trips.trips if isinstance(trips, Demand) else trips, float)
     aim = {name: weight for name, weight in ({"time": 1.0} if aim is None else aim).items() if weight != 0}
+    if matrix.shape != (network.zones, network.zones) or not _between(matrix) > 0:
+        raise BadInput(f"optimise: expected trips [{network.zones}, {network.zones}] with some between zones, got {list(matrix.shape)}")
     measure = Measure.of(network, air)
     _check_aim(aim, measure)
     _check_levers(network, levers)
