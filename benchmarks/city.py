@@ -185,6 +185,14 @@ def summary(city: dict, air: dict) -> list[str]:
         share = {k: means["twinsim"][k] / means["days like it"][k] for k in kinds}
         shown = ", ".join(f"{k.partition(':')[0]} {v:.2f}" for k, v in share.items())
         row(f"Marylebone Road air, CRPS over climatology's, {len(roadside)} seeds", shown, "< 1", max(share.values()) < 1)
+    if tolls := city.get("optimise", {}).get("tolls on every link"):
+        shown = f"{tolls['share_of_the_possible_gain']:.1%} of what marginal-cost tolls gain, {tolls['cpu_s']:.0f} CPU s"
+        row(
+            "tolls on Sioux Falls by gradient, judged by the exact equilibrium",
+            shown,
+            ">= 95 %",
+            tolls["share_of_the_possible_gain"] >= 0.95,
+        )
     if timed := city.get("scenario"):
         shown = f"{timed['wall_s']:.0f} s ({timed['cpu_s']:.0f} CPU s)"
         row(

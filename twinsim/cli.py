@@ -22,6 +22,7 @@ VERBS = {
     "generate": "the same as run, for a scenario on a trained model",
     "evaluate": "score the model and its baselines on held-out truth",
     "calibrate": "fit what a domain leaves open to observations: a city's trips to traffic counts",
+    "optimise": "find the measures that serve an aim best: a city's tolls and signals",
     "report": "print where the report of a run lies, making the run first if need be",
     "verify": "prove that a run's folder is unchanged",
     "reproduce": "run again what a folder records and compare every value",
@@ -44,6 +45,7 @@ examples:
   twinsim train domain=climate/downscale seed=1          a model; the same command goes on where it was stopped
   twinsim evaluate domain=climate/downscale -m seed=0,1,2   a sweep
   twinsim calibrate city network=NET counts=FILE out=FOLDER   trips that agree with traffic counts; or a YAML file with these words
+  twinsim optimise city aim.CO2=1 out=FOLDER             tolls or signals that cost least time and CO2; network= and demand= for another
   twinsim plan domain=climate/downscale scale=lumi scale.slurm.nodes=8   what that training will need there; --json
   twinsim status                                         how the sweeps that SLURM runs stand
   twinsim verify out/runs/warm-winter-1a2b3c4d5e         is anything changed, missing or added?
@@ -110,8 +112,8 @@ def _dispatch(verb: str, words: list[str]) -> int:
         return _reproduce(words)
     if verb == "plan":
         return _plan(words)
-    if verb == "calibrate":
-        return _calibrate(words)
+    if verb in ("calibrate", "optimise"):
+        return _fit(verb, words)
     if "--scenarios" in words:
         from twinsim import scenario
 
@@ -208,34 +210,35 @@ def _plan(words: list[str]) -> int:
     return _fail(found.misfit) if found.misfit else 0
 
 
-def _calibrate(words: list[str]) -> int:
-    """`city NAME=VALUE ...`, a name of conf/calibrate, or a YAML file that says `calibrate: city` and the values."""
+def _fit(verb: str, words: list[str]) -> int:
+    """`city NAME=VALUE ...`, a name of conf/VERB, or a YAML file that says `VERB: city` and the values."""
     from twinsim import run, scenario
     from twinsim.base import BadInput
 
     named = [word for word in words if "=" not in word and word != "--cfg"]
     if len(named) != 1:
-        choices = ", ".join(_choices("calibrate"))
-        raise BadInput(f"calibrate: expected one of {choices}, or a YAML file, then NAME=VALUE; got {' and '.join(named) or 'no name'}")
+        choices = ", ".join(_choices(verb))
+        raise BadInput(f"{verb}: expected one of {choices}, or a YAML file, then NAME=VALUE; got {' and '.join(named) or 'no name'}")
     given: dict[str, Any] = {}
     name = named[0]
     if name.endswith((".yaml", ".yml")):
         given, _ = scenario.parse(scenario.read(Path(name)), name)
         given = run.beside(given, Path(name))
-        name = given.pop("calibrate", "")
+        name = given.pop(verb, "")
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_/]+", name):
-        raise BadInput(f"{named[0]}: calibrate: expected one of {', '.join(_choices('calibrate'))}, got {name!r}")
+        raise BadInput(f"{named[0]}: {verb}: expected one of {', '.join(_choices(verb))}, got {name!r}")
     options = [word for word in words if word not in (named[0], "--cfg")]
-    config, out = run.calibration(_compose([f"+calibrate={name}"]).calibrate, given, options)
+    config, out = run.fitting(verb, _compose([f"+{verb}={name}"])[verb], given, options)
     if "--cfg" in words:
         import yaml
 
         print(yaml.safe_dump(config, sort_keys=False), end="")
         return 0
-    folder = Path(out or f"out/calibrations/{name.replace('/', '-')}")
+    folder = Path(out or f"out/{run.FITS[verb]}s/{name.replace('/', '-')}")
+    asked = [named[0], *(word for word in options if not word.startswith("out="))]
     with _asked_to_stop():
-        lines = run.calibrate(name, config, folder, progress)
-    print("\n".join([*lines, f"calibration: {folder}"]))
+        lines = run.fit(verb, asked, config, folder, progress)
+    print("\n".join([*lines, f"{run.FITS[verb]}: {folder}"]))
     return 0
 
 

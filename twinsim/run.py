@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import json
 import math
+import shlex
 import shutil
 import sys
 import tempfile
@@ -598,7 +599,10 @@ def answer_bytes(domain: Domain, question: Question) -> int:
     return 3 * 4 * question.members * items_of(question) * math.prod(domain.shape) * len(domain.sample)
 
 
-# ---------------------------------------------------------------- calibrate
+# ---------------------------------------------------------------- calibrate, optimise
+
+
+FITS = {"calibrate": "calibration", "optimise": "optimisation"}  # verbs whose choices, in conf/VERB, fit something and write a folder
 
 
 def beside(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -610,46 +614,48 @@ def beside(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return answer
 
 
-def calibration(base: DictConfig, given: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], str | None]:
-    """A choice of conf/calibrate with values set, those of NAME=VALUE words last; and the folder that `out` names. Raises BadInput."""
+def fitting(verb: str, base: DictConfig, given: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+    """A choice of conf/VERB with values set, those of NAME=VALUE words last; and the folder that `out` names. Raises BadInput."""
     values = _dotted(given)
     try:
         for word in words:
             values |= _dotted(OmegaConf.to_container(OmegaConf.from_dotlist([word])))  # type: ignore[arg-type]
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise BadInput(f"calibrate: expected NAME=VALUE, got {word!r}: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"{verb}: expected NAME=VALUE, got {word!r}: {str(error).splitlines()[0]}") from None
     out = values.pop("out", None)
     if out is not None and (not isinstance(out, str) or not out):
-        raise BadInput(f"calibrate: out: expected the name of a folder, got {out!r}")
+        raise BadInput(f"{verb}: out: expected the name of a folder, got {out!r}")
     known = [key for key in _dotted(OmegaConf.to_container(base, resolve=False)) if key != "_target_"]  # type: ignore[arg-type]
     for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(key, [*known, "out"], n=1)
             hint = f"did you mean {close[0]}? There are" if close else "there are"
-            raise BadInput(f"calibrate: no value is called {key}, {hint} {', '.join([*known, 'out'])}")
+            raise BadInput(f"{verb}: no value is called {key}, {hint} {', '.join([*known, 'out'])}")
         OmegaConf.update(base, key, value)
     return resolve(base), out
 
 
-def calibrate(name: str, config: Config, folder: Path, progress: Progress) -> list[str]:
-    """Lets the target of a choice of conf/calibrate fit what it fits, in a new folder that appears when it is whole; gives its summary.
+def fit(verb: str, words: Sequence[str], config: Config, folder: Path, progress: Progress) -> list[str]:
+    """Lets the target of a choice of conf/VERB fit what it fits, in a new folder that appears when it is whole; gives its summary.
+
+    `words` are those that asked for it, for the record.
 
     The target is called with the folder to write into, and a function (done, total) to tell how far it is; it returns lines of text.
     """
     began = time.time()
-    check_targets(config, "calibrate")
+    check_targets(config, verb)
     if folder.exists():
         raise BadInput(f"{folder}: expected the name of a new folder as out=, there is one already")
     try:
-        with files.whole(folder) as unfinished, progress("calibrate") as update:
-            lines = [str(line) for line in build(config, "calibrate", folder=unfinished, progress=update)]
+        with files.whole(folder) as unfinished, progress(verb) as update:
+            lines = [str(line) for line in build(config, verb, folder=unfinished, progress=update)]
             files.write_text(unfinished / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
             read = {key: Path(value) for key, value in config.items() if isinstance(value, str) and key != "_target_"}
             given = {key: path for key, path in read.items() if path.exists()}
             facts = record.Facts(
-                title=f"calibration {name}",
-                description=lines[0] if lines else name,
-                command=" ".join(["twinsim calibrate", name, *(f"{key}={value}" for key, value in given.items())]),
+                title=" ".join([FITS[verb], *words[:1]]),
+                description=lines[0] if lines else FITS[verb],
+                command=shlex.join(["twinsim", verb, *words]),
                 config="config.yaml",
                 config_hash=_hash(config),
                 seed=0,

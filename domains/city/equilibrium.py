@@ -674,14 +674,17 @@ def logit_parameters(network: Network, trips: Demand | np.ndarray, theta: float)
     return {name: jnp.asarray(value, float) for name, value in given.items()}
 
 
-def logit_flow(paths: Paths, given: dict[str, jax.Array]) -> jax.Array:
+def logit_flow(paths: Paths, given: dict[str, jax.Array], response: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
     """Flows v at which trips, split by a logit of the path costs that v makes, add up to v, veh/h, `[link]` (Fisk 1980).
+
+    With a `response`, trips are those given times what it makes of the change of their cost in s, against `given["base_cost"]`
+    `[user, zone, zone]`; it has to fall, and a pair's cost is the logit's, -ln(sum exp(-theta c)) / theta.
 
     Differentiable in reverse by every one of `given` (see `logit_parameters`), through the fixed point and not through the iterations:
     with load(v), J = I - dload/dv and the flows' cotangent w, parameters get (dload/dp)^T J^-T w. Runs in the precision that JAX has;
     call it under `jax.enable_x64()` where gradients matter. Source: Fisk, "Some developments in equilibrium traffic assignment".
     """
-    load = _logit(paths)
+    load = _logit(paths, response)
 
     @jax.custom_vjp
     def settled(p: dict[str, jax.Array]) -> jax.Array:
@@ -703,7 +706,7 @@ def logit_flow(paths: Paths, given: dict[str, jax.Array]) -> jax.Array:
     return settled(given)
 
 
-def _logit(paths: Paths) -> Callable:
+def _logit(paths: Paths, response: Callable[[jax.Array], jax.Array] | None = None) -> Callable:
     """The function (flow, parameters) -> flow that loads the trips on the paths by a logit of their costs; `cost` overrides the links'."""
     table = paths.links.tocoo()
     path, link, (count, links) = table.row, table.col, paths.links.shape
@@ -715,9 +718,12 @@ def _logit(paths: Paths) -> Callable:
     def load(v: jax.Array, p: dict[str, jax.Array], cost: jax.Array | None = None) -> jax.Array:
         time = _link_time(v, p) if cost is None else cost
         wish = -p["theta"] * jax.ops.segment_sum(time[link] + p["toll"][user, link], path, count)
-        top = jax.lax.stop_gradient(jax.ops.segment_max(wish, pair, pairs))[pair]
-        weight = jnp.exp(wish - top)
-        flow = p["trips"][ends] * weight / jax.ops.segment_sum(weight, pair, pairs)[pair]
+        top = jax.lax.stop_gradient(jax.ops.segment_max(wish, pair, pairs))
+        weight = jnp.exp(wish - top[pair])
+        total = jax.ops.segment_sum(weight, pair, pairs)
+        flow = p["trips"][ends] * weight / total[pair]
+        if response is not None:
+            flow = flow * response(-(top + jnp.log(total))[pair] / p["theta"] - p["base_cost"][ends])
         return jax.ops.segment_sum(flow[path], link, links)
 
     return load

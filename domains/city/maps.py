@@ -37,6 +37,24 @@ def traffic(place: Place, flow: np.ndarray, change: np.ndarray, capacity: np.nda
     return _png(figure)
 
 
+def measures(place: Place, toll: np.ndarray, capacity: np.ndarray, change: np.ndarray) -> bytes:
+    """Tolls, euro, or, where there are none, changes of capacity as a share of it; beside them the change of flow, veh/h. `[link]`."""
+    roads = place.roads
+    figure, axes = _pair(place)
+    priced = bool((toll[roads] > 0).any())
+    shown = toll[roads] if priced else capacity[roads]
+    most = max(float(np.abs(shown).max()), 1e-3)
+    norm = Normalize(0.0, most) if priced else TwoSlopeNorm(0.0, -most, most)
+    width = 0.4 + WIDEST * np.abs(shown) / most
+    label, title = ("euro", "tolls") if priced else ("share of the capacity", "change of capacity by new green splits")
+    _draw(figure, axes[0], place, roads, shown, width, AMOUNT if priced else CHANGE, norm, label, title)
+    most = max(float(np.quantile(np.abs(change[roads]), 0.99)), 1.0)
+    width = 0.4 + WIDEST * np.clip(np.abs(change[roads]) / most, 0, 1)
+    norm = TwoSlopeNorm(0.0, -most, most)
+    _draw(figure, axes[1], place, roads, change[roads], width, CHANGE, norm, "change, vehicles an hour", "change of traffic")
+    return _png(figure)
+
+
 def air(place: Place, before: np.ndarray, change: np.ndarray, label: str) -> bytes:
     """Concentrations at the receptors and their change, `[receptor]` each."""
     figure, axes = _pair(place)
