@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from roads import linear, pair
 
 from domains.city import tntp
 from domains.city.equilibrium import equilibria, equilibrium, logit_flow, logit_parameters, stochastic
@@ -17,17 +18,6 @@ from twinsim.base import BadInput
 SHARED = Path(os.environ.get("TWINSIM_SHARED", Path(__file__).parents[2] / "shared"))
 TNTP = SHARED / "data" / "mobility" / "tntp"
 needs_tntp = pytest.mark.skipif(not TNTP.is_dir(), reason=f"there is no folder {TNTP}")
-
-
-def linear(ends: list[tuple[int, int]], base: list[float], slope: list[float], **more) -> Network:
-    """Links whose time is base + slope * flow, s: BPR with power 1."""
-    start, end = np.array(ends).T
-    free = np.maximum(np.array(base, float), 1e-6)
-    return build(start=start, end=end, length=free, free_speed=1.0, capacity=1.0, alpha=np.array(slope) / free, beta=1.0, **more)
-
-
-def pair(trips: float) -> np.ndarray:
-    return np.array([[0, trips], [0, 0]])
 
 
 def published(name: str, **weights: float) -> tuple[Network, np.ndarray, np.ndarray]:

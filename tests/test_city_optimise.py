@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from roads import linear, pair
 from scipy.optimize import brentq
 
 from domains.city import dispersion, gmns
@@ -19,17 +20,6 @@ from domains.city.traffic import Response
 from domains.city.weather import Background
 from twinsim import cli
 from twinsim.base import BadInput
-
-
-def linear(ends: list[tuple[int, int]], base: list[float], slope: list[float], **more) -> Network:
-    """Links whose time is base + slope * flow, s: BPR with power 1."""
-    start, end = np.array(ends).T
-    free = np.maximum(np.array(base, float), 1e-6)
-    return build(start=start, end=end, length=free, free_speed=1.0, capacity=1.0, alpha=np.array(slope) / free, beta=1.0, **more)
-
-
-def pair(trips: float) -> np.ndarray:
-    return np.array([[0, trips], [0, 0]])
 
 
 def tolls(links: list[int], most: float) -> Levers:

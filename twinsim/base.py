@@ -87,6 +87,25 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A `Source` whose samples are read by their position.
+
+    Attributes:
+      read: positions `[n]` -> samples and conditions `[n, ...]`.
+      positions: of the samples, in order.
+    """
+
+    read: Callable[[np.ndarray], tuple[Sample, Condition]]
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> tuple[Sample, Condition]:
+        return self.read(self.positions[rows])
+
+
 # ---------------------------------------------------------------- constraints a scenario imposes while sampling
 
 

@@ -32,10 +32,12 @@ from twinsim.base import (
     Condition,
     Example,
     Question,
+    Rows,
     Sample,
     Score,
     Scores,
     Section,
+    Source,
     Spec,
     Statistics,
     Target,
@@ -145,8 +147,12 @@ class Commuting:
         parts = {name: np.asarray(part, np.float32) for name, part in cut.blocks._asdict().items()}
         return {**parts, TOTAL: np.asarray(totals, np.float32)}
 
-    def source(self, split: str) -> "Recorded":
-        return Recorded(self, self.rows(split))
+    def source(self, split: str) -> Source:
+        return Rows(self._recorded, self.rows(split))
+
+    def _recorded(self, blocks: np.ndarray) -> tuple[Sample, Condition]:
+        sample = self.truth(blocks)
+        return sample, self.conditions(self.cut.rows(blocks), np.asarray(sample[TRIPS]).sum((1, 2)))
 
     # ------------------------------------------------------------ what is fitted
 
@@ -416,22 +422,6 @@ class Commuting:
         text = [asked.asks, f"To expect: {asked.expect.strip()}"]
         caption = "Trips between the zones of the first block: the mean of all members and one of them, ln(1 + trips)"
         return [Section("What was asked", text, {"Trips by region": rows[:41]}, {caption: _picture(dataset)})]
-
-
-@dataclass(frozen=True, eq=False)
-class Recorded:
-    """Recorded blocks of a split, in order."""
-
-    domain: Commuting
-    positions: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> tuple[Sample, Condition]:
-        chosen = self.positions[rows]
-        sample = self.domain.truth(chosen)
-        return sample, self.domain.conditions(self.domain.cut.rows(chosen), np.asarray(sample[TRIPS]).sum((1, 2)))
 
 
 def predicted(parameters: pairwise.Parameters, blocks: Blocks) -> np.ndarray:

@@ -7,7 +7,7 @@ dispersion and exposure, on the same day and in the same weather, so that the di
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,10 +30,12 @@ from twinsim.base import (
     Condition,
     Example,
     Question,
+    Rows,
     Sample,
     Score,
     Scores,
     Section,
+    Source,
     Spec,
     Statistics,
     Target,
@@ -140,8 +142,8 @@ class CityTwin:
         date = self.record["time"].values.astype("datetime64[D]")
         return f"{date[0]} to {date[-1]}" if len(date) else "nowhere to nowhere"
 
-    def source(self, split: str) -> "Recorded":
-        return Recorded(self, self.rows(split))
+    def source(self, split: str) -> Source:
+        return Rows(self.days, self.rows(split))
 
     def days(self, rows: np.ndarray) -> tuple[Sample, Condition]:
         """Recorded days and their conditions, `[n, ...]`."""
@@ -360,20 +362,6 @@ def _shared(residual: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     half = above + 1 - ratio
     true = (half + np.sqrt(np.maximum(half**2 - 4 * above, 0.0))) / 2 - 1
     return vectors[:kept], root[:kept], np.sqrt(true * COUNTING)
-
-
-@dataclass(frozen=True, eq=False)
-class Recorded:
-    """Recorded days of a split, in order."""
-
-    twin: CityTwin
-    positions: np.ndarray = field(default_factory=lambda: np.array([], int))
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> tuple[Sample, Condition]:
-        return self.twin.days(self.positions[rows])
 
 
 if TYPE_CHECKING:  # the type checker proves that a CityTwin keeps the protocol

@@ -103,14 +103,14 @@ def _read_pbf(path: Path, service: bool) -> _Seen:
     types = {"n": "node", "w": "way", "r": "relation"}
     try:
         for thing in osmium.FileProcessor(str(path)):
-            if thing.is_node():
+            if isinstance(thing, osmium.osm.Node):
                 seen.node.append(thing.id)
                 seen.lon.append(thing.location.lon)
                 seen.lat.append(thing.location.lat)
-            elif thing.is_way():
+            elif isinstance(thing, osmium.osm.Way):
                 if "highway" in thing.tags:
                     seen.add_way(str(thing.id), [node.ref for node in thing.nodes], dict(thing.tags))
-            elif thing.is_relation() and thing.tags.get("type") == "restriction":
+            elif isinstance(thing, osmium.osm.Relation) and thing.tags.get("type") == "restriction":
                 seen.add_relation([(types[member.type], str(member.ref), member.role) for member in thing.members], dict(thing.tags))
     except (RuntimeError, ValueError, OSError) as error:
         raise BadInput(f"{path}: expected an OpenStreetMap .pbf file, got: {error}") from None

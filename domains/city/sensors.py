@@ -34,10 +34,12 @@ from twinsim.base import (
     Example,
     Observation,
     Question,
+    Rows,
     Sample,
     Score,
     Scores,
     Section,
+    Source,
     Spec,
     Statistics,
     Target,
@@ -294,8 +296,12 @@ class Sensors:
             return {prefix + next(iter(self.quantities)): values}
         return {prefix + name: values[..., row, :] for row, name in enumerate(self.quantities)}
 
-    def source(self, split: str) -> "Windows":
-        return Windows(self, self.starts(split))
+    def source(self, split: str) -> Source:
+        return Rows(self._recorded, self.starts(split))
+
+    def _recorded(self, starts: np.ndarray) -> tuple[Sample, Condition]:
+        """Recorded windows, each with a part of it given."""
+        return self.samples(starts), self.conditions(starts, self.shown(starts, "practice"))
 
     def windows(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Recorded windows `[n, sensor, time]`, filled by the calendar's usual value where nothing was measured, and where it was."""
@@ -613,21 +619,6 @@ class Sensors:
 
     def sections(self, **parts: Any) -> Sequence[Section]:
         return sensor_figures.sections(self, **parts)
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Recorded windows, each with a part of it given."""
-
-    domain: Sensors
-    positions: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> tuple[Sample, Condition]:
-        starts = self.positions[rows]
-        return self.domain.samples(starts), self.domain.conditions(starts, self.domain.shown(starts, "practice"))
 
 
 def _table(values: np.ndarray) -> np.ndarray:

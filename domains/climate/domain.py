@@ -34,10 +34,12 @@ from twinsim.base import (
     Condition,
     Example,
     Question,
+    Rows,
     Sample,
     Score,
     Scores,
     Section,
+    Source,
     Spec,
     Statistics,
     Target,
@@ -334,8 +336,12 @@ class Climate:
         rows = self.rows("train")
         return {name: np.quantile(self.dataset[name].values[rows], scores.EXTREME, axis=cellwise) for name in self.quantities}
 
-    def source(self, split: str) -> "Truth":
-        return Truth(self, self.starts(split))
+    def source(self, split: str) -> Source:
+        return Rows(self._recorded, self.starts(split))
+
+    def _recorded(self, starts: np.ndarray) -> tuple[Sample, Condition]:
+        sample = self.samples(starts)
+        return sample, self.conditions(starts, sample)
 
     def truth(self, rows: np.ndarray) -> Sample:
         """Single days `[n, y, x]` in float32."""
@@ -931,22 +937,6 @@ class Climate:
 
     def sections(self, **parts: Any) -> Sequence[Section]:
         return figures.sections(self, **parts)
-
-
-@dataclass(frozen=True, eq=False)
-class Truth:
-    """Recorded samples of a split, in order."""
-
-    domain: Climate
-    positions: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> tuple[Sample, Condition]:
-        chosen = self.positions[rows]
-        sample = self.domain.samples(chosen)
-        return sample, self.domain.conditions(chosen, sample)
 
 
 if TYPE_CHECKING:  # the type checker proves that a Climate keeps the protocol
