@@ -21,6 +21,9 @@ SCENARIOS = scenario.names()
 TRIMMED = {  # what one year or two show of a domain, four years show no better
     "climate/week": ["domain.splits.train=[{branch: cold1}]"],
     "city/twin": ["domain.record.days=400", "domain.splits={train: [2022-01-01, 2022-10-31], test: [2022-11-01, 2023-02-01]}"],
+    "city/commuting": ["domain.dataset.count=40", "domain.regression.rounds=4"],
+    "city/roadside": ["domain.factors=3", "domain.modes=6"],
+    "city/loops": ["domain.factors=6", "domain.modes=4"],
     **{
         name: ["domain.splits.train=[{branch: cold1}, {branch: warm1}]", "domain.components.count=200"]
         for name in ("climate/generate", "climate/downscale")

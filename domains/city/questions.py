@@ -226,17 +226,15 @@ def _counted(twin: "CityTwin", scenario: CityScenario, before: State) -> tuple[A
     per_hour = (share / LENGTHS[period][:, None, None]).astype(np.float32)
     names = list(twin.sample)
 
-    def constrain(decode: Callable[[Target], Sample], condition: Condition) -> list[Constraint]:
-        def flows(target: Target) -> Array:
-            trips = jnp.stack([jnp.asarray(decode(target)[names[p]]) for p in period])
-            return (trips * per_hour).sum((1, 2))
+    def expected(sample: Sample) -> Array:
+        trips = jnp.stack([jnp.asarray(sample[names[p]]) for p in period])
+        return (trips * per_hour).sum((1, 2))
 
-        return [Observation(flows, value, error)]
+    def constrain(decode: Callable[[Target], Sample], condition: Condition) -> list[Constraint]:
+        return [Observation(lambda target: expected(decode(target)), value, error)]
 
     def misses(sample: Sample, condition: Condition) -> Array:
-        if "flow" not in sample:  # a day that no traffic was simulated for
-            return jnp.zeros(())
-        flow = jnp.asarray(sample["flow"])[0, period, link]
+        flow = jnp.asarray(sample["flow"])[0, period, link] if "flow" in sample else expected(sample)  # before its traffic is known
         return jnp.maximum(jnp.max(jnp.abs(flow - value) - 3 * error), 0.0)
 
     return constrain, misses
