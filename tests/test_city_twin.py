@@ -393,7 +393,8 @@ def test_sections_say_what_they_show(twin, answered):
     dataset, question = answered
     text = results.summary(twin, question, dataset)
     assert "50% of cars and vans electric" in text and "people" in text and "NO2" in text
-    citizens = results._for_citizens(twin, question, dataset)
+    found = {name: results.ranges(values) for name, values in results.indicators(twin, dataset).items()}
+    citizens = results._for_citizens(twin, question, dataset, found)
     assert "tonnes of CO2 less" in citizens.text[0]
     assert len(results._where(twin, dataset).figures) == 2 and all(
         png[:4] == b"\x89PNG" for png in results._where(twin, dataset).figures.values()

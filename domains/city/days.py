@@ -60,7 +60,7 @@ def simulated(place: Place, start: str = "2023-01-01", days: int = 730, seed: in
         raise BadInput("days: expected a network whose zones have people and jobs")
     random = np.random.default_rng(seed)
     date = np.datetime64(start, "D") + np.arange(days)
-    weekday = (date.astype(int) + 3) % 7  # 1970-01-01 was a Thursday
+    weekday = weekday_of(date)
     minutes = place.free_cost / 60
     usual = {
         purpose: _without_diagonal(demand.gravity(production, attraction, minutes, DETERRENCE, "production"))
@@ -137,13 +137,14 @@ def _record(trips: np.ndarray, rain: np.ndarray, date: np.ndarray, place: Place,
 
 def weekday_of(dates: np.ndarray) -> np.ndarray:
     """0 for Monday to 6 for Sunday, `[...]`."""
-    return (np.asarray(dates).astype("datetime64[D]").astype(int) + 3) % 7
+    return (np.asarray(dates).astype("datetime64[D]").astype(int) + 3) % 7  # 1970-01-01 was a Thursday
 
 
 def _by_period(purpose: str, kind: demand.Day) -> tuple[np.ndarray, np.ndarray]:
     """Share of the day's departures out and back in each period, `[period]`."""
     out, back = demand.departures(purpose, kind)
-    return tuple(np.array([hours[period.hours].sum() for period in PERIODS]) for hours in (out, back))  # type: ignore[return-value]
+    there, again = (np.array([hours[period.hours].sum() for period in PERIODS]) for hours in (out, back))
+    return there, again
 
 
 def _without_diagonal(trips: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ import xarray as xr
 from domains.city import dispersion, emissions, questions, results, scores, traffic
 from domains.city.days import LENGTHS, PERIODS, weekday_of
 from domains.city.emissions import POLLUTANTS, Fleet
+from domains.city.interventions import CONDITION
 from domains.city.interventions import City as State
 from domains.city.place import Place
 from domains.city.weather import Background, Winds
@@ -44,11 +45,9 @@ from twinsim.base import (
 
 ANSCOMBE = 3 / 8  # sqrt(count + 3/8) has a variance of about 1/4 for any Poisson count (Anscombe 1948) ...
 COUNTING = 1 / 4  # ... and a mean whose square falls short of rate + 3/8 by as much
-CASES = ("base", "scenario")
 FEATURES = 9  # of a condition: seven weekdays, the logarithm of the rain, whether it rains
 GAP = 1e-5  # relative, that equilibria are asked for
 BALANCED = 1e-4  # of all trips: what may go astray in float32
-STATE = "city_"  # the conditions of a scenario are the fields of a `State` under this prefix
 
 
 def trips_in(period: str) -> str:
@@ -211,9 +210,9 @@ class CityTwin:
         rate = jnp.stack([jnp.asarray(sample[name]) for name in NAMES])
         count = jax.random.poisson(of_counts, rate).astype(jnp.float32)
         sample = {name: count[index] for index, name in enumerate(NAMES)}
-        if f"{STATE}capacity" not in condition:
+        if f"{CONDITION}capacity" not in condition:
             return sample
-        state = State(**{each.name: jnp.asarray(condition[f"{STATE}{each.name}"]) for each in fields(State)})  # [case, ...]
+        state = State(**{each.name: jnp.asarray(condition[f"{CONDITION}{each.name}"]) for each in fields(State)})  # [case, ...]
         flow, time, cost, trips, gap, unsettled = self._traffic(sample, state)
         emitted = self._emitted(flow, time, state)  # g/h, [case, period, pollutant, road]
         nox, no2, pm25, pm10 = self._air(emitted, state, condition, of_weather)
@@ -292,7 +291,7 @@ class CityTwin:
         if "flow" not in sample:
             return rules
         network = self.place.network
-        free = network.length.astype(np.float32)[None] / jnp.asarray(condition[f"{STATE}free_speed"])
+        free = network.length.astype(np.float32)[None] / jnp.asarray(condition[f"{CONDITION}free_speed"])
         faster = jnp.maximum(1 - jnp.asarray(sample["time"]) / free[:, None], 0.0)
         inner = np.ones(network.nodes, np.float32)
         inner[network.zone] = 0.0

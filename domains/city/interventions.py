@@ -16,6 +16,7 @@ from domains.city import emissions
 from domains.city.emissions import Fleet
 from twinsim.base import Array, BadInput
 
+CONDITION = "city_"  # the conditions of a scenario are the fields of a `City` under this prefix
 MEETS, FAILS = 0, 1  # classes of users: vehicles that meet the standard of a low-emission zone, and those that do not
 NO_WAY = 7200.0  # s: what a banned class "pays" for a link of the zone, so that it goes round where there is any other way
 # Speeds and capacities on wet roads, times those on dry ones: US Highway Capacity Manual 2010, exhibit 10-15, as cited for light and heavy

@@ -92,6 +92,13 @@ class Place:
         """The roads of some districts, `[n]`. Raises BadInput."""
         return self.roads[np.isin(self.link_zone[self.roads], self.zones_called(districts))]
 
+    def entries(self, districts: Sequence[str]) -> np.ndarray:
+        """The links that lead from outside into some districts, `[n]`: a node belongs to the nearest centroid. Raises BadInput."""
+        network = self.network
+        xy = np.stack([network.x, network.y], axis=1)
+        inside = np.isin(cKDTree(xy[network.zone]).query(xy)[1], self.zones_called(districts))
+        return np.flatnonzero(~inside[network.start] & inside[network.end])
+
     def streets(self, names: Sequence[str]) -> np.ndarray:
         """The links of some streets, `[n]`. Raises BadInput with the nearest names."""
         return np.unique(np.concatenate([find_street(self.network, name) for name in names]))

@@ -162,7 +162,7 @@ class CityScenario(Scenario):
     both: list[Intervention] = pydantic.Field(default=[], max_length=50)
     interventions: list[Intervention] = pydantic.Field(min_length=1, max_length=50)
     counts: list[Count] = pydantic.Field(default=[], max_length=60)
-    formats: list[Literal["netcdf", "geojson", "geopackage", "ngsi-ld", "gmns"]] = []  # type: ignore[assignment]
+    formats: list[Literal["netcdf", "geojson", "geopackage", "ngsi-ld", "gmns"]] = []  # type: ignore[assignment]  # wider than any domain's
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,9 @@ def ask(twin: "CityTwin", scenario: CityScenario) -> CityQuestion:
     state = interventions.base(
         network.free_speed, network.capacity, toll, network.zones, len(PERIODS), twin.fleet, len(twin.place.receptors)
     )
-    before = _rained(_changed(twin, state, scenario.both), scenario.rain)
-    after = _rained(_changed(twin, _changed(twin, state, scenario.both), scenario.interventions), scenario.rain)
+    always = _changed(twin, state, scenario.both)
+    before = _rained(always, scenario.rain)
+    after = _rained(_changed(twin, always, scenario.interventions), scenario.rain)
     for case in (before, after):
         _check_ways(twin, scenario, case)
     if not any(_differs(before, after)):
@@ -192,7 +193,7 @@ def ask(twin: "CityTwin", scenario: CityScenario) -> CityQuestion:
     }
     for each in fields(State):
         both = [np.asarray(getattr(case, each.name), np.float32) for case in (before, after)]
-        condition[f"city_{each.name}"] = np.stack(both)[None]
+        condition[f"{interventions.CONDITION}{each.name}"] = np.stack(both)[None]
     coords = {"time": ("time", np.array([_next(scenario.weekday)]).astype("datetime64[ns]"))}
     changes = [_words(each) for each in scenario.interventions]
     constrain, misses = _counted(twin, scenario, before) if scenario.counts else (None, None)
@@ -272,7 +273,7 @@ def _make(twin: "CityTwin", state: State, each: Any) -> State:
             links = _mask(network.links, place.links_in(each.districts))
             return interventions.ban(state, twin.fleet, banned, links, inside, each.replaced)
         case CordonCharge():
-            return interventions.charge_cordon(state, _entries(twin, each.districts), each.euro * seconds)
+            return interventions.charge_cordon(state, _mask(network.links, place.entries(each.districts)), each.euro * seconds)
         case DistanceCharge():
             return interventions.charge_distance(state, _links(twin, each), network.length, each.euro_per_km * seconds / 1000)
         case ElectricShare():
@@ -303,16 +304,6 @@ def _links(twin: "CityTwin", where: _Where) -> np.ndarray:
     found = [place.streets(where.streets)] if where.streets else []
     found += [place.links_in(where.districts)] if where.districts else []
     return _mask(place.network.links, np.concatenate(found))
-
-
-def _entries(twin: "CityTwin", districts: Sequence[str]) -> np.ndarray:
-    """1 for the links that lead from outside into some districts, `[link]`, connectors to their own zones aside. Raises BadInput."""
-    place, network = twin.place, twin.place.network
-    chosen = place.zones_called(districts)
-    xy = np.stack([network.x, network.y], axis=1)
-    owner = np.linalg.norm(xy[:, None] - xy[network.zone][None], axis=-1).argmin(1)  # zone of each node
-    inside = np.isin(owner, chosen)
-    return (~inside[network.start] & inside[network.end]).astype(np.float32)
 
 
 def _mask(size: int, chosen: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from domains.city.domain import CityTwin
 
 CASES = ("base", "scenario")
+Ranges = Mapping[str, Mapping[str, tuple[float, float, float]]]  # of each indicator, as `ranges` gives them
 RANGE = (5.0, 95.0)  # per cent of the sampled days
 BUSY = 0.9  # of its capacity: from here on a road is said to be full
 LEAST_CHANGE = 0.1  # ug/m3: less is neither better nor worse
@@ -153,10 +154,11 @@ def summary(twin: "CityTwin", question: Question, dataset: xr.Dataset) -> str:
 
 def sections(twin: "CityTwin", *, asked: Any, question: Question, dataset: xr.Dataset, evaluation: Any, **_: Any) -> Sequence[Section]:
     """What was asked; what changes; where; for whom; and generated days beside recorded ones."""
+    found = {name: ranges(values) for name, values in indicators(twin, dataset).items()}
     return [
         _asked(twin, asked, question),
-        _for_citizens(twin, question, dataset),
-        _changed(twin, dataset),
+        _for_citizens(twin, question, dataset, found),
+        _changed(twin, dataset, found),
         _where(twin, dataset),
         _for_whom(twin, dataset),
         _days(twin, evaluation),
@@ -195,9 +197,8 @@ def _asked(twin: "CityTwin", asked: Any, question: Question) -> Section:
     return Section("What was asked", [asked.asks, f"To expect: {asked.expect.strip()}"], {"The question": [*rows, ["Size", size]]})
 
 
-def _for_citizens(twin: "CityTwin", question: Question, dataset: xr.Dataset) -> Section:
+def _for_citizens(twin: "CityTwin", question: Question, dataset: xr.Dataset, found: Ranges) -> Section:
     """The answer in plain words."""
-    found = {name: ranges(values) for name, values in indicators(twin, dataset).items()}
     gains = _gains(twin, dataset)
     hours, co2 = found["hours of delay"], found["CO2, t"]
     sure = "" if _sure(co2["change"]) else ", which is less than it varies between days"
@@ -220,10 +221,9 @@ def _sure(change: tuple[float, float, float]) -> bool:
     return change[1] > 0 or change[2] < 0
 
 
-def _changed(twin: "CityTwin", dataset: xr.Dataset) -> Section:
+def _changed(twin: "CityTwin", dataset: xr.Dataset, found: Ranges) -> Section:
     rows = [["A day in the city", "Now", "Then", "Change", "90 % of days", "Change, %"]]
-    for name, values in indicators(twin, dataset).items():
-        at = ranges(values)
+    for name, at in found.items():
         rows.append(
             [
                 name,
