@@ -1,6 +1,8 @@
 """Every domain, generator and scenario found under conf/ and scenarios/ keeps the contract of `twinsim.base`."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from building import rough_jit
 from flax import nnx
 
 from twinsim import cli, run, scenario
-from twinsim.base import Example, Question, Score, Spec
+from twinsim.base import Domain, Example, Question, Score, Spec
 from twinsim.build import build, resolve, targets
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +31,21 @@ TRIMMED = {  # what one year or two show of a domain, four years show no better
         for name in ("climate/generate", "climate/downscale")
     },
 }
-BUILT: dict[str, tuple] = {}  # domain -> (domain, statistics): fitting takes seconds
+
+
+class Built(NamedTuple):
+    """A domain with what takes seconds to make: all of it made once, and its functions compiled once."""
+
+    domain: Domain
+    statistics: Any
+    rows: tuple  # a few training samples and their conditions, `[6, ...]`, from all over the split
+    opening: tuple  # the first four, and their conditions
+    examples: Example  # the first block of them
+    encode: Callable
+    decode: Callable
+
+
+BUILT: dict[str, Built] = {}
 
 
 def composed(name: str, *more: str) -> dict:
@@ -56,32 +72,32 @@ def many():
 
 
 def strictly(function):
-    """`function` of one sample, in which no rank is promoted."""
+    """`function` of one sample as one program, in which no rank is promoted."""
+    program = rough_jit(function)
 
     def called(*given):
         with jax.numpy_rank_promotion("raise"):
-            return function(*given)
+            return program(*given)
 
     return called
 
 
-@pytest.fixture
-def built(request):
-    name = request.param
+def built_once(name: str) -> Built:
     if name not in BUILT:
         domain = build(composed(name)["domain"])
-        BUILT[name] = (domain, domain.fit())
+        statistics, source = domain.fit(), domain.source("train")
+        rows = source[np.linspace(0, len(source) - 1, 6).round().astype(int)]
+        opening, examples = source[np.arange(4)], next(iter(domain.examples(statistics)))
+        BUILT[name] = Built(domain, statistics, rows, opening, examples, strictly(domain.encode), strictly(domain.decode))
     return BUILT[name]
 
 
+@pytest.fixture
+def built(request):
+    return built_once(request.param)
+
+
 every_shipped = pytest.mark.parametrize("built", SHIPPED, indirect=True)
-
-
-def first(domain, count=6):
-    """A few training samples and their conditions, `[n, ...]`."""
-    source = domain.source("train")
-    rows = np.linspace(0, len(source) - 1, count).round().astype(int)
-    return source[rows]
 
 
 def one(values, index=0):
@@ -121,19 +137,16 @@ def test_generator_composes_with_every_scale(name):
 
 @every_shipped
 def test_variables_are_described(built):
-    domain, _ = built
-    sample, condition = first(domain, 2)
+    domain, (sample, condition) = built.domain, built.rows
     assert set(sample) == set(domain.sample) and set(condition) == set(domain.condition)
     for name, variable in domain.sample.items():
         assert variable.units and variable.long_name and variable.lower < variable.upper
-        assert sample[name].shape == (2, *domain.shape) and sample[name].dtype == np.float32
+        assert sample[name].shape == (6, *domain.shape) and sample[name].dtype == np.float32
 
 
 @every_shipped
 def test_examples_have_the_shape_that_the_spec_says_and_are_normalised(built):
-    domain, statistics = built
-    spec = domain.spec(statistics)
-    block = next(iter(domain.examples(statistics)))
+    spec, block = built.domain.spec(built.statistics), built.examples
     count = len(block.target)
     assert block.target.shape == (count, *spec.grid, spec.channels)
     assert block.fields.shape == (count, *spec.grid, spec.fields) and block.scalars.shape == (count, spec.scalars)
@@ -144,9 +157,8 @@ def test_examples_have_the_shape_that_the_spec_says_and_are_normalised(built):
 
 @every_shipped
 def test_encode_agrees_with_the_spec(built):
-    domain, statistics = built
-    spec = domain.spec(statistics)
-    fields, scalars = strictly(domain.encode)(statistics, one(first(domain)[1]))
+    spec = built.domain.spec(built.statistics)
+    fields, scalars = built.encode(built.statistics, one(built.rows[1]))
     assert fields.shape == (*spec.grid, spec.fields) and scalars.shape == (spec.scalars,)
 
 
@@ -157,11 +169,9 @@ def test_decode_gives_back_a_training_sample(built):
     Components leave out what lies beyond them, and means predicted out of fold differ from those fitted on all: there the
     decoded sample has to be closer to its own truth than any other day is.
     """
-    domain, statistics = built
-    block = next(iter(domain.examples(statistics)))
-    sample, condition = domain.source("train")[np.arange(4)]
+    domain, (sample, condition) = built.domain, built.opening
     for index in range(4):
-        back = strictly(domain.decode)(statistics, jnp.asarray(block.target[index]), one(condition, index))
+        back = built.decode(built.statistics, jnp.asarray(built.examples.target[index]), one(condition, index))
         for name, truth in sample.items():
             assert back[name].shape == domain.shape
             there = condition.get(f"measured_{name}", np.ones_like(truth))[index] > 0  # where a record has a gap, nothing is known
@@ -172,52 +182,48 @@ def test_decode_gives_back_a_training_sample(built):
 
 @every_shipped
 def test_decode_is_differentiable(built):
-    domain, statistics = built
-    condition = one(first(domain)[1])
-    target = jnp.asarray(next(iter(domain.examples(statistics))).target[0])
+    condition, target = one(built.rows[1]), jnp.asarray(built.examples.target[0])
 
     def total(target):
-        return sum(jnp.sum(values / jnp.max(jnp.abs(values))) for values in strictly(domain.decode)(statistics, target, condition).values())
+        decoded = built.domain.decode(built.statistics, target, condition)
+        return sum(jnp.sum(values / jnp.max(jnp.abs(values))) for values in decoded.values())
 
-    gradient = jax.grad(total)(target)
+    gradient = strictly(jax.grad(total))(target)
     assert gradient.shape == target.shape and bool(jnp.isfinite(gradient).all()) and bool((gradient != 0).any())
 
 
 @every_shipped
 def test_decode_of_noise_keeps_the_rules(built):
-    domain, statistics = built
-    spec = domain.spec(statistics)
-    condition = one(first(domain)[1])
+    spec, condition = built.domain.spec(built.statistics), one(built.rows[1])
     noise = jax.random.normal(jax.random.key(0), (*spec.grid, spec.channels))
-    sample = strictly(domain.decode)(statistics, noise, condition)
+    sample = built.decode(built.statistics, noise, condition)
     assert all(bool(jnp.isfinite(values).all()) for values in sample.values())
-    for rule, broken in strictly(domain.check)(sample, condition).items():
+    for rule, broken in strictly(built.domain.check)(sample, condition).items():
         if "block mean" in rule or rule.endswith("below 0") or " below 0 " in rule:  # enforced, not learnt
             assert float(broken) <= run.TOLERANCE, rule
 
 
 @every_shipped
 def test_truth_keeps_the_rules_and_a_broken_sample_does_not(built):
-    domain, _ = built
-    sample, condition = first(domain)
+    domain, (sample, condition) = built.domain, built.rows
+    check = rough_jit(domain.check)
     for index in range(len(next(iter(sample.values())))):
-        kept = domain.check(one(sample, index), one(condition, index))
+        kept = check(one(sample, index), one(condition, index))
         assert kept and all(float(broken) <= run.TOLERANCE for broken in kept.values()), kept
     ruined = {name: -1e6 * jnp.ones(domain.shape) for name in domain.sample}
-    assert any(float(broken) > 1 for broken in domain.check(ruined, one(condition)).values())
+    assert any(float(broken) > 1 for broken in check(ruined, one(condition)).values())
 
 
 @every_shipped
 def test_simulate_returns_a_sample(built):
-    domain, _ = built
-    sample, condition = first(domain)
+    domain, (sample, condition) = built.domain, built.rows
     outcome = domain.simulate(one(sample), one(condition), jax.random.key(0))
     assert {name: values.shape for name, values in outcome.items()} == {name: domain.shape for name in domain.sample}
 
 
 @every_shipped
 def test_exam_is_not_made_of_what_was_trained_on(built):
-    domain, _ = built
+    domain = built.domain
     question, truth = domain.exam(members=3, most=5)
     assert isinstance(question, Question) and question.members == 3
     assert run.items_of(question) == 5 and all(len(values) == 5 for values in truth.values())
@@ -232,7 +238,7 @@ def test_exam_is_not_made_of_what_was_trained_on(built):
 @pytest.mark.slow
 @every_shipped
 def test_baselines_draw_what_the_domain_generates_and_earn_the_same_scores(built):
-    domain, statistics = built
+    domain, statistics = built.domain, built.statistics
     question, truth = domain.exam(members=2, most=4)
     tables = {}
     for name, baseline in domain.baselines(statistics).items():
@@ -247,7 +253,7 @@ def test_baselines_draw_what_the_domain_generates_and_earn_the_same_scores(built
 
 @every_shipped
 def test_answer_has_names_units_and_says_that_it_is_synthetic(built):
-    domain, _ = built
+    domain = built.domain
     question, truth = domain.exam(members=2, most=3)
     made = domain.dataset_of({name: np.stack([values, values]) for name, values in truth.items()}, question)
     assert made.sizes["member"] == 2
@@ -300,21 +306,19 @@ def test_scenario_loads_and_asks(name):
     assert asked.title and asked.takes and asked.expect
     if elsewhere:
         return  # its truth is not here to be asked
-    if asked.domain not in BUILT:
-        domain = build(config["domain"])
-        BUILT[asked.domain] = (domain, domain.fit())
-    domain, statistics = BUILT[asked.domain]
+    built = built_once(asked.domain)
+    domain, statistics = built.domain, built.statistics
     question = domain.ask(asked, path.parent)
     items = run.items_of(question)
     assert question.members == asked.members and items >= 1
     assert set(domain.condition) <= set(question.condition)
     assert all(len(values) == items and np.isfinite(values).all() for values in question.condition.values())
     condition = one(question.condition)
-    fields, scalars = strictly(domain.encode)(statistics, condition)
+    fields, scalars = built.encode(statistics, condition)
     spec = domain.spec(statistics)
     assert fields.shape[-1] == spec.fields and scalars.shape == (spec.scalars,)
     if question.constrain is not None:
         decode = lambda target: domain.decode(statistics, target, condition)  # noqa: E731
         assert question.constrain(decode, condition)
-        missed = question.misses(decode(jnp.zeros((*spec.grid, spec.channels))), condition)
+        missed = question.misses(built.decode(statistics, jnp.zeros((*spec.grid, spec.channels)), condition), condition)
         assert missed.shape == () and float(missed) > 0  # the mean day is no heat wave

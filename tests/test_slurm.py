@@ -408,7 +408,7 @@ def test_a_training_that_is_asked_to_stop_goes_on_where_it_was(capsys, two_nodes
     """Two trainings over two nodes as one array; one of them is stopped on the way, and both come to their end."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
-    data, path, steps = toy.write_data(tmp_path), toy.write_scenario(tmp_path), 1500
+    data, path, steps = toy.write_data(tmp_path), toy.write_scenario(tmp_path), 400
     words = ["train", "-m", *toy.words(data, Path("out")), f"scenario={path}", f"train.steps=4,{steps}", f"train.save_every={steps}"]
     words += ["hydra/launcher=slurm", '++scale.slurm={nodes: 2, time: "00:10:00"}', "++scale.environment={XLA_FLAGS: ''}"]
     assert call(capsys, *words)[0] == 0
@@ -419,15 +419,15 @@ def test_a_training_that_is_asked_to_stop_goes_on_where_it_was(capsys, two_nodes
         logs = [[json.loads(line)["step"] for line in log.read_text().splitlines()] for log in tmp_path.glob("out/models/*/train.jsonl")]
         return max(logs, key=len, default=[])
 
-    until(lambda: len(seen()) > 4 or "failed" in standing(folder).values(), 90, "no step of the long training", folder)
+    until(lambda: len(seen()) > 4 or "failed" in standing(folder).values(), 300, "no step of the long training", folder)
     job = numbered(folder, 2)
     said("scancel", "--signal=TERM", job)
-    until(lambda: standing(folder)[2] == "requeued" and restarts(job) == 1, 30, f"{slurm.status(folder)}", folder)
+    until(lambda: standing(folder)[2] == "requeued" and restarts(job) == 1, 60, f"{slurm.status(folder)}", folder)
     stopped = re.search(rf"asked to leave at step (\d+) of {steps}; the state is saved", slurm.status(folder).jobs[1].said)
     assert stopped and seen() == list(range(1, int(stopped[1]) + 1))
     start_now(job)
     assert restarts(job.replace("_2", "_1")) == 0, "the other job is left alone"
-    until(lambda: standing(folder) == {1: "done", 2: "done"}, 90, f"{slurm.status(folder)}", folder)
+    until(lambda: standing(folder) == {1: "done", 2: "done"}, 300, f"{slurm.status(folder)}", folder)
     assert seen() == list(range(1, steps + 1)), "each step was made once"
     assert (folder / "2.out").read_text().count("model: ") == 1
     code, out, _ = call(capsys, "status")

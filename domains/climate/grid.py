@@ -68,7 +68,8 @@ def conserve_block_mean(x: Array, coarse: Array, factor: int, kind: Literal["shi
         raise BadInput(f"conserve_block_mean: expected kind 'shift' or 'scale', got {kind!r}")
     xp = array_module(x)
     positive, wanted = xp.maximum(x, 0), xp.maximum(coarse, 0)
-    peak = repeat(_block_max(positive, factor), factor)
+    # its scale cancels, so no gradient goes by way of it: that of a maximum is 0 / 0 where it is computed twice and rounded otherwise
+    peak = repeat(_block_max(positive if xp is np else jax.lax.stop_gradient(positive), factor), factor)
     empty = peak < np.finfo(np.float32).tiny * 1e6  # relative shape first, so that tiny blocks neither over- nor underflow
     shape = xp.where(empty, 1.0, positive / xp.where(empty, 1.0, peak)).astype(x.dtype)
     return shape * repeat(wanted / coarsen(shape, factor), factor)
