@@ -20,8 +20,11 @@ $(READY): requirements/py311.txt requirements/py312.txt pyproject.toml scripts/s
 run: $(READY) ## the whole chain on the embedded climate: data, training, scenario, scores, report
 	$(BIN)/twinsim run $(ARGS)
 
-test: $(READY) ## the quick tests; programs that run once are not worth LLVM's pains, which take longer than they save
-	XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)" $(PYTEST) -n $(WORKERS) --dist loadfile $(ARGS)
+# programs that run once are not worth LLVM's pains, which take longer than they save
+test test-slow test-slurm test-all: export XLA_FLAGS := --xla_backend_optimization_level=0 $(XLA_FLAGS)
+
+test: $(READY) ## the quick tests
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## the slow tests alone
 	$(PYTEST) -m "slow and not slurm" -n $(WORKERS) --dist loadfile $(ARGS)

@@ -15,6 +15,15 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty: more than half of a tiny run is spent on drawing, and most tests of runs do not look at them."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **named: drawn(Figure(figure.get_size_inches()), *given, **named))
+
+
 @pytest.fixture(scope="session")
 def two_nodes() -> Iterator[Path]:
     """A real SLURM of two nodes; skipped, with the reason, where there can be none. Gives the folder of its logs."""

@@ -11,12 +11,16 @@ ROOT = Path(__file__).parents[1]
 TWINSIM = "import sys; from twinsim.cli import main; sys.exit(main())"
 
 
+def flags() -> str:
+    """The flags of XLA under which the tests run, on which the bits of a result depend, without the number of devices."""
+    return " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
+
+
 def start(words: Sequence[str], count: int = 1, devices: int = 1, code: str = TWINSIM) -> list[subprocess.Popen]:
     """`count` processes of one run, each with `devices` devices; by default they are `twinsim WORDS`."""
     job = random.randrange(4096)  # the port on which they meet is made of it
-    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     common = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    common["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])
+    common["XLA_FLAGS"] = f"{flags()} --xla_force_host_platform_device_count={devices}".strip()
     common.pop("JAX_NUMPY_RANK_PROMOTION", None)
     common.pop("JAX_NUMPY_DTYPE_PROMOTION", None)
     started = []

@@ -15,6 +15,8 @@ import xarray as xr
 from twinsim import checkpoint, cli, files, run
 
 ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 SECONDS = 20  # a refusal; most of it imports and the reading of a small file
 
 

@@ -16,6 +16,8 @@ from twinsim.mesh import Preempted
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def call(capsys, *words: str) -> tuple[int, str, str]:
     """Exit code and what was said on stdout and stderr."""

@@ -24,6 +24,8 @@ from twinsim.base import BadInput
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @contextlib.contextmanager
 def telling(stage):

@@ -410,7 +410,11 @@ def test_a_training_that_is_asked_to_stop_goes_on_where_it_was(capsys, two_nodes
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
     data, path, steps = toy.write_data(tmp_path), toy.write_scenario(tmp_path), 400
     words = ["train", "-m", *toy.words(data, Path("out")), f"scenario={path}", f"train.steps=4,{steps}", f"train.save_every={steps}"]
-    words += ["hydra/launcher=slurm", '++scale.slurm={nodes: 2, time: "00:10:00"}', "++scale.environment={XLA_FLAGS: ''}"]
+    words += [
+        "hydra/launcher=slurm",
+        '++scale.slurm={nodes: 2, time: "00:10:00"}',
+        f"++scale.environment={{XLA_FLAGS: '{processes.flags()}'}}",
+    ]
     assert call(capsys, *words)[0] == 0
     (folder,) = (tmp_path / "out/sweeps").glob("train-*")
     assert "nothing to submit: 2 in the queue" in call(capsys, *words)[1]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import processes
 import pytest
 from building import built
 from flax import nnx
@@ -374,7 +375,7 @@ print("done", int(state.step), t.checkpoint.fingerprint(folder / "checkpoints", 
 
 def start(folder, store, name="run", rank=0, count=1, port=0):
     tests = str(Path(__file__).parent)
-    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": ""}
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "XLA_FLAGS": processes.flags()}
     command = [sys.executable, "-c", PROGRAM.format(tests=tests), folder, store.folder, name, str(rank), str(count), str(port)]
     return subprocess.Popen([str(part) for part in command], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

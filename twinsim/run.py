@@ -34,7 +34,7 @@ from flax import nnx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twinsim import checkpoint, evaluation, files, generate, mesh, record, report, scale, scenario, train
+from twinsim import checkpoint, evaluation, files, generate, mesh, record, scale, scenario, train
 from twinsim.base import BadInput, Domain, Example, Question, Sample, Section, Statistics
 from twinsim.build import build, check_targets, config_hash
 from twinsim.build import resolve as resolve_target
@@ -510,6 +510,8 @@ def _answer(
         licence=domain.licence,
     )
     with progress("report"):
+        from twinsim import report  # with what draws: half a second that no other verb has to wait for
+
         sections = domain.sections(asked=wanted, question=question, dataset=dataset, rules=rules, evaluation=judged)
         behind = [report.curves(judged.scores)] if any(scores.curves for scores in judged.scores.values()) else []
         sections = [*sections, report.scorecard(judged.scores), *behind, _check_section(rules, judged)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from domains.city import exposure, maps, outputs
+from domains.city import exposure, outputs
 from domains.city.days import LENGTHS, PERIODS
 from twinsim.base import Question, Sample, Section
 
@@ -247,6 +247,8 @@ def _changed(twin: "CityTwin", dataset: xr.Dataset, found: Ranges) -> Section:
 
 
 def _where(twin: "CityTwin", dataset: xr.Dataset) -> Section:
+    from domains.city import maps  # with matplotlib: only a report waits for it
+
     network = twin.place.network
     flow = dataset["flow"].values[:, 0].mean(0)  # [case, period, link]
     morning = flow[:, 0]
@@ -317,6 +319,8 @@ def _for_whom(twin: "CityTwin", dataset: xr.Dataset) -> Section:
 
 def _days(twin: "CityTwin", evaluation: Any) -> Section:
     """Generated days beside recorded ones of the same condition."""
+    from domains.city import maps
+
     shown = {name: each for name, each in evaluation.examples.items()}
     name = next(iter(twin.sample))
     panels = {who: np.asarray(each[name][0] if who == "truth" else each[name][0, 0]) for who, each in shown.items()}

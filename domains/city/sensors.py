@@ -22,7 +22,7 @@ import pydantic
 import xarray as xr
 from scipy.stats import norm
 
-from domains.city import kriging, sensor_figures
+from domains.city import kriging
 from twinsim import metrics
 from twinsim import scenario as scenarios
 from twinsim.base import (
@@ -615,9 +615,13 @@ class Sensors:
         return told
 
     def summary(self, question: Question, dataset: xr.Dataset) -> str:
+        from domains.city import sensor_figures  # with matplotlib: only a report waits for it
+
         return sensor_figures.summary(self, question, dataset)
 
     def sections(self, **parts: Any) -> Sequence[Section]:
+        from domains.city import sensor_figures
+
         return sensor_figures.sections(self, **parts)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import xarray as xr
 from numpy.lib.stride_tricks import sliding_window_view
 
-from domains.climate import baselines, figures, grid, means, physics, questions, scores
+from domains.climate import baselines, grid, means, physics, questions, scores
 from domains.climate.sources import day_of_year
 from twinsim import codec
 from twinsim import scenario as scenarios
@@ -919,6 +919,8 @@ class Climate:
 
     def summary(self, question: Question, dataset: xr.Dataset) -> str:
         """The answer in a sentence."""
+        from domains.climate import figures  # with matplotlib: only a report waits for it
+
         return figures.summary(self, question, dataset)
 
     @property
@@ -936,6 +938,8 @@ class Climate:
         return told
 
     def sections(self, **parts: Any) -> Sequence[Section]:
+        from domains.climate import figures
+
         return figures.sections(self, **parts)
 
 
