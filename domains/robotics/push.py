@@ -1,7 +1,7 @@
 """The planar push: an arm of two links with a peg pushes a puck over a table to a goal."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from domains.robotics import worlds
 from domains.robotics.physics import CStepper
 from domains.robotics.tasks import Channel, Start
-from twinsim.base import BadInput, Variable
+from twinsim.base import Array, BadInput, Variable
 
 UPPER, FORE = 0.45, 0.40  # m, lengths of the links
 PEG, PUCK = 0.04, 0.05  # m, radii
@@ -123,7 +123,8 @@ class PlanarPush:
             raise BadInput(f"push: region {region}: expected {' or '.join(REGIONS)}")
         found = np.zeros((0, 4))
         while len(found) < count:
-            drawn = noise.uniform(*(corner * 2 for corner in REGIONS[region]), (max(2 * count, 16), 4))
+            lower, upper = np.tile(REGIONS[region], 2)
+            drawn = noise.uniform(lower, upper, (max(2 * count, 16), 4))
             apart = np.hypot(drawn[:, 0] - drawn[:, 2], drawn[:, 1] - drawn[:, 3])
             found = np.concatenate([found, drawn[(apart > APART[0]) & (apart < APART[1])]])
         return dict(zip(self.start, found[:count].T, strict=True))
@@ -189,9 +190,9 @@ class PlanarPush:
     def way(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         return observation[..., 4:6] + REACH * action
 
-    def off(self, observation: jax.Array) -> jax.Array:
+    def off(self, observation: Array) -> jax.Array:
         apart = observation[..., 6:8] - observation[..., 10:12]
-        return jnp.maximum(jnp.sqrt((apart**2).sum(-1)) - TOLERANCE, 0.0)
+        return jnp.maximum(jnp.linalg.norm(jnp.asarray(apart), axis=-1) - TOLERANCE, 0.0)
 
     def _axes(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Unit vectors towards the goal and across, as rows `[2, 2]`, and how far the goal is, m."""

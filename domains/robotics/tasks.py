@@ -12,8 +12,8 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
-from domains.robotics.physics import CStepper
-from twinsim.base import Variable
+from domains.robotics.physics import CStepper, compiled
+from twinsim.base import Array, Variable
 
 Policy = Callable[[int, np.ndarray], np.ndarray]  # control step, observations `[count, channel]` -> actions `[count, channel]`
 Start = Mapping[str, np.ndarray]  # name -> `[count]`
@@ -92,7 +92,7 @@ class Task(Protocol):
         """The way point that an action makes for, `[..., planned]`: `track(way(o, a), o)` is `a`."""
         ...
 
-    def off(self, observation: jax.Array) -> jax.Array:
+    def off(self, observation: Array) -> jax.Array:
         """How far the goal is from being reached, beyond its tolerance, `[...]`; 0 = reached."""
         ...
 
@@ -138,8 +138,6 @@ class Scene:
     """A task's compiled model, and episodes played in it."""
 
     def __init__(self, task: Task) -> None:
-        from domains.robotics.physics import compiled
-
         self.task = task
         spec = task.spec()
         spec.option.enableflags |= int(mujoco.mjtEnableBit.mjENBL_ENERGY)
@@ -203,7 +201,7 @@ def reached(task: Task, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def wobbling(task: Task, noise: np.random.Generator, amount: float) -> Policy:
     """The demonstrator with the wobble of a human hand: noise that lasts for about five control steps."""
-    wobble = 0.0
+    wobble: float | np.ndarray = 0.0
 
     def policy(frame: int, observation: np.ndarray) -> np.ndarray:
         nonlocal wobble
