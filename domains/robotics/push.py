@@ -67,7 +67,7 @@ class PlanarPush:
         Channel("goal_y", "m", -1.0, 1.0),
     )
     action: Sequence[Channel] = (Channel("move_x", "1", -1.0, 1.0), Channel("move_y", "1", -1.0, 1.0))
-    planned: Sequence[str] = ("way_x", "way_y")
+    planned: Sequence[Channel] = (Channel("way_x", "m", -1.0, 1.0), Channel("way_y", "m", -1.0, 1.0))
     handled: Sequence[str] = ("puck",)
 
     start: ClassVar[Mapping[str, Variable]] = {
@@ -213,6 +213,13 @@ class PlanarPush:
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
         return observation[4:6] + REACH * way @ self._axes(observation)[0]
+
+    def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
+        """Turned about the puck towards the new goal, and beyond the puck stretched to it."""
+        (old, far), (new, wide) = self._axes(before), self._axes(now)
+        along, across = ((way - before[6:8]) @ old.T).T
+        along = jnp.where(along > -CLEAR, -CLEAR + (along + CLEAR) * wide / far, along)
+        return now[6:8] + jnp.stack([along, across], -1) @ new
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line from the puck to the goal; the arm's joints, which the features leave out, stay."""
