@@ -51,8 +51,8 @@ def sections(
     ]
     for name, value in changed:
         if value != worlds.NOMINAL[name]:
-            told = worlds.PARAMETERS[name]
-            rows.append([told.long_name, f"{value:g} {told.units if told.units != '1' else ''}".strip()])
+            parameter = worlds.PARAMETERS[name]
+            rows.append([parameter.long_name, f"{value:g} {parameter.units if parameter.units != '1' else ''}".strip()])
     text = [asked.asks, f"To expect: {asked.expect.strip()}"]
     asked_for = Section("What was asked", text, {"The question": rows})
     size = dataset["success"].size

@@ -17,8 +17,7 @@ from twinsim.base import Array, Variable
 
 Policy = Callable[[int, np.ndarray], np.ndarray]  # control step, observations `[count, channel]` -> actions `[count, channel]`
 Start = Mapping[str, np.ndarray]  # name -> `[count]`
-SLACK = 2.0  # an actuator may be faster during a control step than at both its ends
-ENERGY_ROUNDING = 1e-3  # J: what an integrator and soft contacts may give
+SOFT, ROUNDING = 1e-2, 0.02  # J that a soft contact (20 N over 1 mm) gives back; of the work, what an integrator of first order is off
 LATEST = int(worlds.PARAMETERS["latency"].upper)  # control steps that a command may be under way
 
 
@@ -114,7 +113,7 @@ class Task(Protocol):
         ...
 
     def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
-        """Way points `[frame, planned]` of an episode that began as seen in `before`, moved with what they are about to one that begins `now`."""
+        """Way points `[frame, planned]` of an episode that began `before`, moved with its objects to one that begins `now`."""
         ...
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +129,7 @@ class Played:
       observation: `[count, frame, channel]`, before each action; `last`: after the last, `[count, channel]`.
       action: `[count, frame, channel]`.
       depth: how deep bodies were in each other, m, `[count, frame]`.
-      gain: energy gained during each control step beyond what the actuators can have given, J, `[count, frame]`.
+      gain: energy gained during each control step beyond the work of the actuators, J, `[count, frame]`.
     """
 
     observation: np.ndarray
@@ -162,8 +161,6 @@ class Scene:
             if (mujoco.mj_id2name(self.model, mujoco.mjtObj.mjOBJ_SENSOR, index) or "").startswith("gap")
         ]
         self._gaps = np.array(gaps, int)
-        limited = self.model.actuator_forcelimited.astype(bool)
-        self._force = np.where(limited, np.abs(self.model.actuator_forcerange).max(1), np.inf) if self.model.nu else np.zeros(0)
         self._last: tuple[bytes, CStepper] | None = None  # of many calls in a row for the same worlds
 
     def stepper(self, world: np.ndarray) -> CStepper:
@@ -197,28 +194,22 @@ class Scene:
         observed = np.zeros((count, frames + 1, len(task.observation)), np.float32)
         line = np.concatenate([sent, np.zeros((count, frames, len(task.action)), np.float32)], 1).astype(np.float32)
         depth, gain = np.zeros((count, frames), np.float32), np.zeros((count, frames), np.float32)
-        strongest = self._force * worlds.of(world, "torque")[:, None]
-        energy, speed = self._energy(stepper)
+        energy = stepper.read("energy").sum(1)
         for frame in range(frames):
             seen = task.observe(stepper, start)
             observed[:, frame] = seen
             depth[:, frame] = self._depth(stepper)
             line[:, LATEST + frame] = policy(frame, seen)
             due = line[np.arange(count), LATEST + frame - late].astype(np.float64)
-            stepper.step(task.control(seen, due), task.steps)
-            (before, slow), (energy, speed) = (energy, speed), self._energy(stepper)
-            given = SLACK * (strongest * np.maximum(slow, speed)).sum(1) / task.rate
-            gain[:, frame] = np.maximum(energy - before - given - ENERGY_ROUNDING, 0.0)
+            net, gross = stepper.work(task.control(seen, due), task.steps)
+            before, energy = energy, stepper.read("energy").sum(1)
+            gain[:, frame] = np.maximum(energy - before - net - SOFT - ROUNDING * gross, 0.0)
         observed[:, frames] = task.observe(stepper, start)
         return stepper.state, line[:, frames:], Played(observed[:, :frames], observed[:, frames], line[:, LATEST:], depth, gain)
 
     def _depth(self, stepper: CStepper) -> np.ndarray:
         gaps = stepper.read("sensordata")[:, self._gaps] if len(self._gaps) else np.zeros((stepper.count, 1))
         return np.maximum(-gaps.min(1), 0.0)
-
-    def _energy(self, stepper: CStepper) -> tuple[np.ndarray, np.ndarray]:
-        """Kinetic and potential energy, J, `[count]`, and speeds of the actuators, `[count, nu]`."""
-        return stepper.read("energy").sum(1), np.abs(stepper.read("actuator_velocity"))
 
     def play(self, start: Start, world: np.ndarray, policy: Policy, frames: int | None = None) -> Played:
         """Episodes from the start on."""
