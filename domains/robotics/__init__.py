@@ -1,0 +1,1 @@
+"""The robotics twin: demonstrations in, trajectories that hold in the simulator out."""
