@@ -47,8 +47,8 @@ def write(
 ) -> None:
     """A LeRobotDataset v3.0 folder, whole or not at all. Raises BadInput.
 
-    Simulator states are the column `simulator.state`, which policies do not take for an observation. Success stands in `next.success` of the
-    last frame; seeds and worlds are further columns of the episodes' table; units, bounds and origin are in `meta/twinsim.json`.
+    Simulator states are the column `simulator.state`, which policies do not take for an observation. Success stands in the last frame's
+    `next.success`; seeds and worlds are further columns of the episodes' table; units, bounds and origin are in `meta/twinsim.json`.
     """
     arrow = _arrow()
     check(layout, episodes, str(folder))
@@ -209,7 +209,7 @@ def _write_videos(folder: Path, name: str, fps: float, episodes: Sequence[Episod
             first = encoding.frames
             encoding.add(episode.images)
             places[index], spans[index] = file, np.array([first, encoding.frames]) / fps
-    columns = {"chunk_index": places // CHUNK_FILES, "file_index": places % CHUNK_FILES}
+    columns: dict[str, np.ndarray] = {"chunk_index": places // CHUNK_FILES, "file_index": places % CHUNK_FILES}
     columns |= {"from_timestamp": spans[:, 0], "to_timestamp": spans[:, 1]}
     return {f"videos/{name}/{key}": column for key, column in columns.items()}
 
