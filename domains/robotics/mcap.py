@@ -38,7 +38,7 @@ def write(path: Path, layout: Layout, episodes: Sequence[Episode]) -> None:
         writer.add_metadata("twinsim", {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()})
         begin = 0.0
         for index, episode in enumerate(episodes):
-            told = {"seed": episode.seed, "success": episode.success, "frames": episode.frames, "begins": begin}
+            told: dict[str, Any] = {"seed": episode.seed, "success": episode.success, "frames": episode.frames, "begins": begin}
             told |= {"environment": dict(episode.environment)}
             writer.add_metadata(f"episode {index}", {key: json.dumps(value) for key, value in told.items()})
             for frame, (message, time) in enumerate(zip(_messages(layout, episode, index), _times(begin, episode, layout), strict=True)):

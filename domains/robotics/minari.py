@@ -18,8 +18,8 @@ MAIN = "data/main_data.hdf5"
 def write(folder: Path, layout: Layout, episodes: Sequence[Episode], *, name: str = "twinsim/push-v0", environment: str = "") -> None:
     """The data set `name`, "namespace/name-v0", below `folder`, whole or not at all; Minari finds it by MINARI_DATASETS_PATH=folder.
 
-    An episode's last observation is the one after its last action; where it was not kept, the last action is left out. The reward is 1 where
-    success is reached, which terminates an episode; others are truncated.
+    An episode's last observation is the one after its last action; where it was not kept, the last action is left out. The reward is 1 where success
+    is reached, which terminates an episode; others are truncated.
 
     Args:
       environment: Gymnasium id, "twinsim/PlanarPush-v0", which `recover_environment` then makes.

@@ -4,7 +4,7 @@ Source: robomimic documentation, "Dataset structure"; ARISE-Initiative/robomimic
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def _add(group: Any, episode: Episode, model: str, picture: str) -> None:
     if model:
         group.attrs["model_file"] = model
     last = np.arange(steps) == steps - 1
-    values: Mapping[str, np.ndarray] = {
+    values = {
         "actions": action,
         "rewards": (last & episode.success).astype(np.float64),
         "dones": last.astype(np.int64),

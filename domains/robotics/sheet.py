@@ -35,8 +35,9 @@ def pictures(
     camera: str | None = None,
     tell: Callable[[str], None] = lambda sentence: None,
 ) -> np.ndarray:
-    """`[frame, size, size, 3]` uint8 of positions `[frame, nq]`: rendered where there is a GL library, else drawn from above, which is told.
+    """`[frame, size, size, 3]` uint8 of positions `[frame, nq]`: rendered where there is a GL library, else drawn from above.
 
+    Which of the two, and why, is told.
     What positions do not move, such as a goal's site, stands where the model has it.
     """
     try:
@@ -144,7 +145,7 @@ def _backend() -> str:
 
 @contextmanager
 def _canvas(backend: str, model: mujoco.MjModel, size: int) -> Iterator[Shoot]:
-    """Something that draws into pictures of `size`. Its context is our own: MuJoCo's `Renderer` takes the one of MUJOCO_GL at its import."""
+    """Something that draws into pictures of `size`. MuJoCo's `Renderer` would take the GL that MUJOCO_GL named at its import."""
     context = importlib.import_module(f"mujoco.{backend}").GLContext(size, size)
     context.make_current()
     wide, high = model.vis.global_.offwidth, model.vis.global_.offheight
@@ -188,7 +189,7 @@ def _shot(model: mujoco.MjModel, positions: np.ndarray, camera: int, size: int, 
 
 
 class Shapes(NamedTuple):
-    """Bars with round ends, seen from above: `begin` and `end` `[shape, 2]`, `radius` `[shape]`, m, `colour` `[shape, 4]`, from low to high."""
+    """Bars with round ends, seen from above: `begin` and `end` `[shape, 2]`, `radius` `[shape]`, m, `colour` `[shape, 4]`; the highest last."""
 
     begin: np.ndarray
     end: np.ndarray
