@@ -229,8 +229,8 @@ def reached(task: Task, after: Array) -> tuple[np.ndarray, np.ndarray]:
     """
     there = np.asarray(task.off(after)) <= 0
     kept = np.cumsum(np.pad(there, ((0, 0), (1, 0))), 1)
-    whole = kept[:, task.hold :] - kept[:, : -task.hold] == task.hold  # of the frames from each on
-    success = whole.any(1)
+    whole: np.ndarray = kept[:, task.hold :] - kept[:, : -task.hold] == task.hold  # of the frames from each on
+    success: np.ndarray = whole.any(1)
     return np.where(success, whole.argmax(1) + task.hold, there.shape[1]), success
 
 
