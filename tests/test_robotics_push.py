@@ -208,8 +208,8 @@ def test_a_demonstrator_that_proposes_gets_the_puck_home(twin):
     broken = jax.vmap(whole.check)(outcome, condition)
     assert all(float(values.max()) <= 0 for values in broken.values()), broken
     assert float(question.misses({name: value[0] for name, value in outcome.items()}, condition)) == 0
-    episodes = whole.episodes(outcome)
-    assert len(episodes) == 4 and [len(each) for each in episodes] == np.asarray(outcome["length"]).astype(int).tolist()
+    episodes = whole.episodes({name: np.asarray(values)[None] for name, values in outcome.items()}, question.condition)
+    assert len(episodes) == 4 and [each.frames for each in episodes] == np.asarray(outcome["length"]).astype(int).tolist()
 
 
 def test_broken_episodes_are_found(twin):
@@ -241,8 +241,8 @@ def test_scores_tell_copies_and_success(twin):
     copy = {name: np.repeat(np.asarray(values)[:1], 20, 0)[None] for name, values in copied.items()}
     stolen = twin.demonstrations.episodes[0]
     for index, channel in enumerate(TASK.observation):
-        copy[channel.name][0, :, : len(stolen)] = stolen.observation[:24, index]
-    copy["length"] = np.full((1, 20), len(stolen), np.float32)
+        copy[channel.name][0, :, : stolen.frames] = stolen.observation[:24, index]
+    copy["length"] = np.full((1, 20), stolen.frames, np.float32)
     assert twin.score(copy, truth, question.condition).table["paths: copies"].value == 1.0
 
 
@@ -260,7 +260,7 @@ def archive(tmp_path):
         arrays = {
             "obs": np.concatenate([each.observation for each in made.episodes]),
             "act": np.concatenate([each.action for each in made.episodes]),
-            "length": np.array([len(each) for each in made.episodes]),
+            "length": np.array([each.frames for each in made.episodes]),
         }
         for name, edit in change.items():
             arrays[name] = edit(arrays[name].copy())
@@ -283,9 +283,12 @@ def set_nan(values):
 
 
 BAD = {
-    "NaN": ({"obs": set_nan}, "finite.*frame 3.*puck_x"),
-    "degrees": ({"obs": lambda values: values * np.where(np.arange(12) < 2, 57.3, 1)}, "joint1.*radians.*degrees"),
-    "another robot": ({"obs": lambda values: values[:, :9]}, "demonstrations of the planar arm.*12 channels"),
+    "NaN": ({"obs": set_nan}, "episode 0, frame 3: puck_x: expected .* got nan"),
+    "degrees": (
+        {"obs": lambda values: values * np.where(np.arange(12) < 2, 57.3, 1)},
+        "joint[12]: expected .* rad, got .* degrees would explain",
+    ),
+    "another robot": ({"obs": lambda values: values[:, :9]}, "expected .frames, 12. .* got .* another robot"),
     "beyond limits": ({"act": lambda values: values * 3}, "move_[xy]: expected -1 to 1"),
     "lengths": ({"length": lambda values: values + 1}, "length: expected the frames"),
 }

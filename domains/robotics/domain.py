@@ -19,7 +19,8 @@ import pydantic
 import xarray as xr
 
 from domains.robotics import baselines, results, scores, worlds
-from domains.robotics.demonstrations import Demonstrations, Episode, start_from, start_of, windows
+from domains.robotics.demonstrations import Demonstrations, start_from, start_of, windows
+from domains.robotics.episodes import Episode
 from domains.robotics.tasks import LATEST, Played, Scene, Task, reached
 from twinsim import scenario as scenarios
 from twinsim.base import (
@@ -437,14 +438,30 @@ class Motions:
     ) -> Sequence[Section]:
         return results.sections(self, asked, question, dataset, rules, evaluation)
 
-    def episodes(self, samples: Sample) -> list[Episode]:
-        """The successful ones of an answer `[..., frame]`, up to their goal."""
-        flat = {name: np.asarray(values).reshape(-1, *np.shape(values)[np.ndim(samples["success"]) :]) for name, values in samples.items()}
-        seen = np.stack([flat[each.name] for each in self.task.observation], -1)
-        action = np.stack([flat[each.name] for each in self.task.action], -1)
-        length = flat["length"].astype(int)
-        good = np.flatnonzero(flat["success"] > 0)
-        return [Episode(seen[row, : length[row]], action[row, : length[row]], worlds.world()) for row in good]
+    def episodes(self, samples: Sample, condition: Condition, seed: int = 0) -> list[Episode]:
+        """Those of an answer `[member, episode, ...]` that reach their goal and keep every rule, up to their goal."""
+        kept = self.holds(samples)
+        seen, action = (
+            np.stack([np.asarray(samples[each.name]) for each in channels], -1) for channels in (self.task.observation, self.task.action)
+        )
+        length, world = np.asarray(samples["length"]).astype(int), np.asarray(condition["world"])
+        return [
+            Episode(
+                seen[member, row, :size],
+                action[member, row, :size],
+                seed=seed,
+                final=seen[member, row, size] if size < self.task.frames else None,
+                environment=worlds.named(world[row]),
+            )
+            for member, row in np.argwhere(kept)
+            for size in (length[member, row],)
+        ]
+
+    def holds(self, samples: Sample) -> np.ndarray:
+        """Which episodes of an answer reach their goal and keep every rule, `[member, episode]`."""
+        broken = jax.jit(jax.vmap(jax.vmap(lambda sample: self.check(sample, {}))))({name: np.asarray(v) for name, v in samples.items()})
+        kept = np.all([np.asarray(values) <= 0 for values in broken.values()], axis=0)
+        return kept & (np.asarray(samples["success"]) > 0)
 
 
 def _moments(values: np.ndarray) -> dict[str, np.ndarray]:

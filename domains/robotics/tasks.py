@@ -3,15 +3,17 @@
 Host functions take `count` episodes at once, numpy in and out; those of one observation are traced by JAX and have no leading axis.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import mujoco
 import numpy as np
 
 from domains.robotics import worlds
+from domains.robotics.episodes import Channel
 from domains.robotics.physics import CStepper, compiled
 from twinsim.base import Array, Variable
 
@@ -19,15 +21,6 @@ Policy = Callable[[int, np.ndarray], np.ndarray]  # control step, observations `
 Start = Mapping[str, np.ndarray]  # name -> `[count]`
 SOFT, ROUNDING = 1e-2, 0.02  # J that a soft contact (20 N over 1 mm) gives back; of the work, what an integrator of first order is off
 LATEST = int(worlds.PARAMETERS["latency"].upper)  # control steps that a command may be under way
-
-
-class Channel(NamedTuple):
-    """One number of an observation or an action, and the bounds beyond which it is broken."""
-
-    name: str
-    units: str
-    lower: float = -np.inf
-    upper: float = np.inf
 
 
 class Task(Protocol):
@@ -70,6 +63,10 @@ class Task(Protocol):
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         """What worlds `[count, parameter]` change of the model."""
+        ...
+
+    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
+        """Puts into place what only shows, such as the goal's site."""
         ...
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
@@ -220,6 +217,24 @@ class Scene:
         """Episodes from the start on with given actions `[count, frame, channel]`."""
         return self.play(start, world, lambda frame, _: action[:, frame], action.shape[1])
 
+    def positions(self, start: Start, world: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """Generalised positions before each of given actions `[count, frame, channel]`, `[count, frame, nq]`."""
+        found: list[np.ndarray] = []
+        stepper = self.stepper(world)
+
+        def policy(frame: int, _: np.ndarray) -> np.ndarray:
+            found.append(stepper.position)
+            return action[:, frame]
+
+        self.play(start, world, policy, action.shape[1])
+        return np.stack(found, 1)
+
+    def shown(self, start: Start) -> mujoco.MjModel:
+        """The model with what only shows, such as the goal, where the first of the starts has it."""
+        model = copy.deepcopy(self.model)
+        self.task.show(model, {name: values[0] for name, values in start.items()})
+        return model
+
 
 def reached(task: Task, after: Array) -> tuple[np.ndarray, np.ndarray]:
     """Control steps until the goal was kept for `hold` in a row, `[count]`, all of them where it was not; and whether it was.
@@ -230,7 +245,7 @@ def reached(task: Task, after: Array) -> tuple[np.ndarray, np.ndarray]:
     there = np.asarray(task.off(after)) <= 0
     kept = np.cumsum(np.pad(there, ((0, 0), (1, 0))), 1)
     whole: np.ndarray = kept[:, task.hold :] - kept[:, : -task.hold] == task.hold  # of the frames from each on
-    success: np.ndarray = whole.any(1)
+    success = np.asarray(whole.any(1))
     return np.where(success, whole.argmax(1) + task.hold, there.shape[1]), success
 
 
