@@ -64,9 +64,7 @@ def scripted(
 def successes(task: Task, played: Played, world: np.ndarray) -> list[Episode]:
     """The episodes that reached their goal, up to there."""
     length, done = reached(task, played.after)
-    return [
-        Episode(played.observation[row, : length[row]], played.action[row, : length[row]], world[row]) for row in np.flatnonzero(done)
-    ]
+    return [Episode(played.observation[row, : length[row]], played.action[row, : length[row]], world[row]) for row in np.flatnonzero(done)]
 
 
 def recorded(task: Task, path: str, world: Mapping[str, float] | None = None, licence: str = "not stated") -> Demonstrations:
@@ -99,7 +97,9 @@ def check(task: Task, where: str, observation: np.ndarray, action: np.ndarray, l
             raise BadInput(f"{where}: {name}: expected demonstrations of the {task.robot}, {told}, got an array of shape {values.shape}")
         if not np.isfinite(values).all():
             frame, channel = np.argwhere(~np.isfinite(values))[0]
-            raise BadInput(f"{where}: {name}: expected finite numbers, got {values[frame, channel]} in frame {frame}, {channels[channel].name}")
+            raise BadInput(
+                f"{where}: {name}: expected finite numbers, got {values[frame, channel]} in frame {frame}, {channels[channel].name}"
+            )
         for index, channel in enumerate(channels):
             worst = float(np.abs(values[:, index]).max(initial=0.0))
             if channel.units == "rad" and worst > 4 * np.pi:

@@ -360,7 +360,11 @@ class Motions:
         condition = {"observation": first, "world": np.asarray(world, np.float32), "start": vector}
         coords: dict[str, Any] = {"episode": ("episode", np.arange(len(vector)), {"long_name": "number of the start"})}
         for name, variable in self.task.start.items():
-            coords[f"start_{name}"] = ("episode", np.asarray(start[name], np.float32), {"units": variable.units, "long_name": variable.long_name})
+            coords[f"start_{name}"] = (
+                "episode",
+                np.asarray(start[name], np.float32),
+                {"units": variable.units, "long_name": variable.long_name},
+            )
         for index, name in enumerate(worlds.NAMES):
             told = worlds.PARAMETERS[name]
             coords[f"world_{name}"] = ("episode", condition["world"][:, index], {"units": told.units, "long_name": told.long_name})

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from domains.robotics import video
-from domains.robotics.episodes import Channel, Episode, Layout, check, check_same_robot, unfinished
+from domains.robotics.episodes import Episode, Layout, check, check_same_robot, unfinished
+from domains.robotics.tasks import Channel
 from twinsim.base import BadInput
 from twinsim.files import check_room
 
@@ -376,8 +377,8 @@ def _layout(folder: Path, info: Mapping[str, Any], features: Mapping[str, Any]) 
         robot=str(info.get("robot_type") or "unknown"),
         task="",
         fps=fps,
-        observation=tuple(map(Channel, named[STATE])),
-        action=tuple(map(Channel, named[ACTION])),
+        observation=tuple(Channel(name, "") for name in named[STATE]),
+        action=tuple(Channel(name, "") for name in named[ACTION]),
         note=UNSTATED,
     )
     if not (folder / ABOUT).exists():

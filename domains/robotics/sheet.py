@@ -1,10 +1,11 @@
 """Contact sheets: episodes side by side, as a video and as a still."""
 
+import copy
 import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -37,8 +38,7 @@ def pictures(
 ) -> np.ndarray:
     """`[frame, size, size, 3]` uint8 of positions `[frame, nq]`: rendered where there is a GL library, else drawn from above.
 
-    Which of the two, and why, is told.
-    What positions do not move, such as a goal's site, stands where the model has it.
+    Why it was drawn is told. What positions do not move, such as a goal's site, stands where the model has it: see `marked`.
     """
     try:
         return render(model, positions, size=size, camera=camera)
@@ -79,6 +79,17 @@ def draw(model: mujoco.MjModel, positions: np.ndarray, *, size: int = 96) -> np.
     return np.stack(frames) if frames else np.zeros((0, size, size, 3), np.uint8)
 
 
+def marked(model: mujoco.MjModel, start: Mapping[str, float]) -> mujoco.MjModel:
+    """A copy whose sites stand where an episode's start has them: site "goal" at `goal_x`, `goal_y`, and `goal_z` where there is one."""
+    model = copy.copy(model)
+    for index in range(model.nsite):
+        name = model.site(index).name
+        for axis, letter in enumerate("xyz"):
+            if f"{name}_{letter}" in start:
+                model.site_pos[index, axis] = start[f"{name}_{letter}"]
+    return model
+
+
 def write(video_path: Path, still_path: Path, episodes: Sequence[np.ndarray], *, fps: float, columns: int | None = None) -> None:
     """An MP4 of all episodes side by side, each standing still when it has ended, and a PNG of their last frames. Raises BadInput.
 
@@ -101,7 +112,7 @@ def write(video_path: Path, still_path: Path, episodes: Sequence[np.ndarray], *,
     from matplotlib import image
 
     with unfinished(still_path) as partial:
-        image.imsave(partial, _sheet(episodes, longest, columns), format="png", metadata={"Software": None})
+        image.imsave(partial, _sheet(episodes, longest, columns), format="png")
 
 
 def _sheet(episodes: Sequence[np.ndarray], frame: int, columns: int) -> np.ndarray:
@@ -189,7 +200,7 @@ def _shot(model: mujoco.MjModel, positions: np.ndarray, camera: int, size: int, 
 
 
 class Shapes(NamedTuple):
-    """Bars with round ends, seen from above: `begin` and `end` `[shape, 2]`, `radius` `[shape]`, m, `colour` `[shape, 4]`; the highest last."""
+    """Bars with round ends, the highest last: `begin`, `end` `[shape, 2]`, `radius` `[shape]`, m; `colour` `[shape, 4]`."""
 
     begin: np.ndarray
     end: np.ndarray
