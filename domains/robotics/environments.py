@@ -1,6 +1,6 @@
 """Tasks as Gymnasium environments, for policies that learn or are tried by acting.
 
-`import domains.robotics.environments` makes them known to Gymnasium, as does `gymnasium.make("domains.robotics.environments:twinsim/PlanarPush-v0")`.
+Importing this makes them known to Gymnasium; so does `gymnasium.make("domains.robotics.environments:twinsim/PlanarPush-v0")`.
 """
 
 from collections.abc import Mapping
