@@ -422,6 +422,11 @@ def change_info(folder: Path, **changes: Any) -> None:
         (lambda folder: (folder / "meta/info.json").write_text("[]"), "info.json: expected a JSON object, got list"),
         (lambda folder: change_info(folder, codebase_version="v1.6"), "expected a LeRobot dataset of version v2.0, v2.1, v3.0, got v1.6"),
         (lambda folder: change_info(folder, features={}), "expected the feature observation.state, got"),
+        (lambda folder: change_info(folder, features={"observation.state": 3}), "expected the feature observation.state, got"),
+        (
+            lambda folder: (folder / "meta/twinsim.json").write_text('{"observation": [3], "action": []}'),
+            "that twinsim writes, got another",
+        ),
         (lambda folder: change_info(folder, fps="fast"), "expected fps, a number, got fast"),
         (lambda folder: change_info(folder, total_frames=19), "expected 3 episodes and 19 frames, as meta/info.json says, got 3 and 18"),
         (lambda folder: (folder / "meta/twinsim.json").write_text("{}"), "twinsim.json: expected the description that twinsim writes"),
