@@ -3,29 +3,24 @@
 Host functions take `count` episodes at once, numpy in and out; those of one observation are traced by JAX and have no leading axis.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import mujoco
 import numpy as np
 
 from domains.robotics import worlds
+from domains.robotics.episodes import Channel
 from domains.robotics.physics import CStepper, compiled
 from twinsim.base import Array, Variable
 
 Policy = Callable[[int, np.ndarray], np.ndarray]  # control step, observations `[count, channel]` -> actions `[count, channel]`
 Start = Mapping[str, np.ndarray]  # name -> `[count]`
-
-
-class Channel(NamedTuple):
-    """One number of an observation or an action, and the bounds beyond which it is broken."""
-
-    name: str
-    units: str
-    lower: float = -np.inf
-    upper: float = np.inf
+SOFT, ROUNDING = 1e-2, 0.02  # J that a soft contact (20 N over 1 mm) gives back; of the work, what an integrator of first order is off
+LATEST = int(worlds.PARAMETERS["latency"].upper)  # control steps that a command may be under way
 
 
 class Task(Protocol):
@@ -34,7 +29,7 @@ class Task(Protocol):
     Attributes:
       rate: control steps a second; `steps` physics steps each.
       frames: most control steps of an episode; `hold` of them in a row the goal must be kept.
-      planned: names of the way points' coordinates that a generator draws.
+      planned: coordinates of the way points that a generator draws.
       start: what an episode starts from and is after, scalars.
       handled: bodies that the payload of a world weighs down.
     """
@@ -48,7 +43,7 @@ class Task(Protocol):
     hold: int
     observation: Sequence[Channel]
     action: Sequence[Channel]
-    planned: Sequence[str]
+    planned: Sequence[Channel]
     start: Mapping[str, Variable]
     handled: Sequence[str]
 
@@ -68,6 +63,10 @@ class Task(Protocol):
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         """What worlds `[count, parameter]` change of the model."""
+        ...
+
+    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
+        """Puts into place what only shows, such as the goal's site."""
         ...
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
@@ -110,6 +109,10 @@ class Task(Protocol):
         """The inverse of `into_frame`."""
         ...
 
+    def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
+        """Way points `[frame, planned]` of an episode that began `before`, moved with its objects to one that begins `now`."""
+        ...
+
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The mirror image, which is as possible as the original; both unchanged where there is none."""
         ...
@@ -117,86 +120,133 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Played:
-    """Episodes as they went, all `frames` long.
+    """Episodes as they went, all equally long.
 
     Attributes:
-      observation: `[count, frame, channel]`, before each action; action: `[count, frame, channel]`.
-      depth: how deep bodies were in each other, m, `[count, frame]`; energy: kinetic and potential, J.
-      length: control steps until the goal was kept, `[count]`; `frames` where it was not.
-      success: `[count]`.
+      observation: `[count, frame, channel]`, before each action; `last`: after the last, `[count, channel]`.
+      action: `[count, frame, channel]`.
+      depth: how deep bodies were in each other, m, `[count, frame]`.
+      gain: energy gained during each control step beyond the work of the actuators, J, `[count, frame]`.
     """
 
     observation: np.ndarray
+    last: np.ndarray
     action: np.ndarray
     depth: np.ndarray
-    energy: np.ndarray
-    length: np.ndarray
-    success: np.ndarray
+    gain: np.ndarray
+
+    @property
+    def after(self) -> np.ndarray:
+        """Observations after each action, `[count, frame, channel]`."""
+        return np.concatenate([self.observation[:, 1:], self.last[:, None]], 1)
 
 
 class Scene:
-    """A task's compiled model, and episodes played in it."""
+    """A task's compiled model, and episodes played in it.
+
+    What is sent and kept of an action is its float32, so that an episode can be played again from what is kept, to the same bits.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task = task
         spec = task.spec()
         spec.option.enableflags |= int(mujoco.mjtEnableBit.mjENBL_ENERGY)
         self.model = compiled(spec)
-        self.gaps = np.array(
-            [
-                self.model.sensor_adr[index]
-                for index in range(self.model.nsensor)
-                if (mujoco.mj_id2name(self.model, mujoco.mjtObj.mjOBJ_SENSOR, index) or "").startswith("gap")
-            ],
-            int,
-        )
+        gaps = [
+            self.model.sensor_adr[index]
+            for index in range(self.model.nsensor)
+            if (mujoco.mj_id2name(self.model, mujoco.mjtObj.mjOBJ_SENSOR, index) or "").startswith("gap")
+        ]
+        self._gaps = np.array(gaps, int)
+        self._last: tuple[bytes, CStepper] | None = None  # of many calls in a row for the same worlds
 
     def stepper(self, world: np.ndarray) -> CStepper:
         """Copies in worlds `[count, parameter]`."""
-        return CStepper(self.model, len(world), self.task.fields(self.model, world))
+        made_for = np.ascontiguousarray(world, np.float32).tobytes()
+        if self._last is None or self._last[0] != made_for:
+            self._last = made_for, CStepper(self.model, len(world), self.task.fields(self.model, world))
+        return self._last[1]
 
-    def measure(self, stepper: CStepper) -> tuple[np.ndarray, np.ndarray]:
-        """Depth of contact, m, and energy, J, `[count]` each."""
-        gaps = stepper.read("sensordata")[:, self.gaps] if len(self.gaps) else np.zeros((stepper.count, 1))
-        return np.maximum(-gaps.min(1), 0.0), stepper.read("energy").sum(1)
+    def begin(self, start: Start, world: np.ndarray) -> np.ndarray:
+        """States of episodes that start, `[count, size]`."""
+        stepper = self.stepper(world)
+        stepper.place(self.task.place(start))
+        return stepper.state
 
-    def play(self, start: Start, world: np.ndarray, policy: Policy, frames: int | None = None) -> Played:
-        """Episodes from the start, with the policy in the loop. Actions are rounded to float32, which is what is kept of them."""
+    def advance(
+        self, state: np.ndarray, sent: np.ndarray, start: Start, world: np.ndarray, policy: Policy, frames: int
+    ) -> tuple[np.ndarray, np.ndarray, Played]:
+        """Goes on for some frames from `state` with the policy in the loop.
+
+        Args:
+          sent: the last actions before, `[count, LATEST, channel]`, which a slow line still has to carry out.
+
+        Returns:
+          the state and the last actions after, and what was played.
+        """
         task, stepper = self.task, self.stepper(world)
-        stepper.place(task.place(start))
-        frames = task.frames if frames is None else frames
+        stepper.state = state
         count = stepper.count
         late = np.round(worlds.of(world, "latency")).astype(int)
-        observed = np.zeros((count, frames, len(task.observation)))
-        acted = np.zeros((count, frames, len(task.action)), np.float32)
-        depth, energy = np.zeros((count, frames)), np.zeros((count, frames))
+        observed = np.zeros((count, frames + 1, len(task.observation)), np.float32)
+        line = np.concatenate([sent, np.zeros((count, frames, len(task.action)), np.float32)], 1).astype(np.float32)
+        depth, gain = np.zeros((count, frames), np.float32), np.zeros((count, frames), np.float32)
+        energy = stepper.read("energy").sum(1)
         for frame in range(frames):
-            observed[:, frame] = task.observe(stepper, start)
-            depth[:, frame], energy[:, frame] = self.measure(stepper)
-            acted[:, frame] = policy(frame, observed[:, frame])
-            sent = acted[np.arange(count), np.maximum(frame - late, 0)].astype(np.float64)
-            sent[frame < late] = 0.0
-            stepper.step(task.control(observed[:, frame], sent), task.steps)
-        last = task.observe(stepper, start)
-        length, success = reached(task, np.concatenate([observed[:, 1:], last[:, None]], 1))
-        return Played(observed.astype(np.float32), acted, depth, energy, length, success)
+            seen = task.observe(stepper, start)
+            observed[:, frame] = seen
+            depth[:, frame] = self._depth(stepper)
+            line[:, LATEST + frame] = policy(frame, seen)
+            due = line[np.arange(count), LATEST + frame - late].astype(np.float64)
+            net, gross = stepper.work(task.control(seen, due), task.steps)
+            before, energy = energy, stepper.read("energy").sum(1)
+            gain[:, frame] = np.maximum(energy - before - net - SOFT - ROUNDING * gross, 0.0)
+        observed[:, frames] = task.observe(stepper, start)
+        return stepper.state, line[:, frames:], Played(observed[:, :frames], observed[:, frames], line[:, LATEST:], depth, gain)
+
+    def _depth(self, stepper: CStepper) -> np.ndarray:
+        gaps = stepper.read("sensordata")[:, self._gaps] if len(self._gaps) else np.zeros((stepper.count, 1))
+        return np.maximum(-gaps.min(1), 0.0)
+
+    def play(self, start: Start, world: np.ndarray, policy: Policy, frames: int | None = None) -> Played:
+        """Episodes from the start on."""
+        state, sent = self.begin(start, world), np.zeros((len(world), LATEST, len(self.task.action)), np.float32)
+        return self.advance(state, sent, start, world, policy, self.task.frames if frames is None else frames)[2]
+
+    def replay(self, start: Start, world: np.ndarray, action: np.ndarray) -> Played:
+        """Episodes from the start on with given actions `[count, frame, channel]`."""
+        return self.play(start, world, lambda frame, _: action[:, frame], action.shape[1])
+
+    def positions(self, start: Start, world: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """Generalised positions before each of given actions `[count, frame, channel]`, `[count, frame, nq]`."""
+        found: list[np.ndarray] = []
+        stepper = self.stepper(world)
+
+        def policy(frame: int, _: np.ndarray) -> np.ndarray:
+            found.append(stepper.position)
+            return action[:, frame]
+
+        self.play(start, world, policy, action.shape[1])
+        return np.stack(found, 1)
+
+    def shown(self, start: Start) -> mujoco.MjModel:
+        """The model with what only shows, such as the goal, where the first of the starts has it."""
+        model = copy.deepcopy(self.model)
+        self.task.show(model, {name: values[0] for name, values in start.items()})
+        return model
 
 
-def reached(task: Task, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Control steps until the goal was kept for `hold` in a row, `[count]`, and whether it was.
+def reached(task: Task, after: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Control steps until the goal was kept for `hold` in a row, `[count]`, all of them where it was not; and whether it was.
 
     Args:
       after: observations after each action, `[count, frame, channel]`.
     """
     there = np.asarray(task.off(after)) <= 0
-    run = np.zeros(len(there), int)
-    length = np.full(len(there), there.shape[1])
-    done = np.zeros(len(there), bool)
-    for frame in range(there.shape[1]):
-        run = np.where(there[:, frame], run + 1, 0)
-        now = (run >= task.hold) & ~done
-        length[now], done = frame + 1, done | now
-    return length, done
+    kept = np.cumsum(np.pad(there, ((0, 0), (1, 0))), 1)
+    whole: np.ndarray = kept[:, task.hold :] - kept[:, : -task.hold] == task.hold  # of the frames from each on
+    success = np.asarray(whole.any(1))
+    return np.where(success, whole.argmax(1) + task.hold, there.shape[1]), success
 
 
 def wobbling(task: Task, noise: np.random.Generator, amount: float) -> Policy:
