@@ -205,6 +205,10 @@ def _place_channels(name: str) -> tuple[Channel, ...]:
     return tuple(Channel(f"{name}_{axis}", "m", -2.0, 2.0) for axis in "xyz")
 
 
+def _ways(axes: str) -> tuple[Channel, ...]:
+    return tuple(Channel(f"way_{axis}", "m", -1.0, 1.5) for axis in axes)
+
+
 def _moves(axes: str) -> tuple[Channel, ...]:
     return tuple(Channel(f"move_{axis}", "1", -1.0, 1.0) for axis in axes)
 
@@ -276,7 +280,7 @@ class ArmReach:
     hold: int = 5
     observation: Sequence[Channel] = (*_joint_channels(), *_place_channels("tool"), *_place_channels("goal"))
     action: Sequence[Channel] = _moves("xyz")
-    planned: Sequence[str] = ("way_x", "way_y", "way_z")
+    planned: Sequence[Channel] = _ways("xyz")
     handled: Sequence[str] = ("link7",)
 
     start: ClassVar[Mapping[str, Variable]] = _scalars(tool="xyz", goal="xyz")
@@ -333,6 +337,13 @@ class ArmReach:
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
         return observation[14:17] + REACH * way @ _towards(observation[17:20] - observation[14:17])[0]
 
+    def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
+        """Turned from the old line to the goal to the new one, and stretched along it."""
+        old, new = before[17:20] - before[14:17], now[17:20] - now[14:17]
+        (axes, far), (others, wide) = _towards(old), _towards(new)
+        scale = jnp.stack([wide / far, jnp.ones_like(far), jnp.where(jnp.abs(old[2]) > 0.02, new[2] / old[2], 1.0)])
+        return (way - before[14:17]) @ axes.T * scale @ others + now[14:17]
+
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line to the goal; the arm's joints, which the features leave out, stay."""
         tip = observation[14:17]
@@ -363,7 +374,7 @@ class ArmPush:
         Channel("goal_y", "m", -2.0, 2.0),
     )
     action: Sequence[Channel] = _moves("xy")
-    planned: Sequence[str] = ("way_x", "way_y")
+    planned: Sequence[Channel] = _ways("xy")
     handled: Sequence[str] = ("cube",)
 
     start: ClassVar[Mapping[str, Variable]] = _scalars(cube="xy", goal="xy")
@@ -466,6 +477,13 @@ class ArmPush:
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
         return observation[14:16] + REACH * way @ self._axes(observation)[0]
 
+    def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
+        """Turned about the cube towards the new goal, and beyond the cube stretched to it."""
+        (old, far), (new, wide) = self._axes(before), self._axes(now)
+        along, across = ((way - before[17:19]) @ old.T).T
+        along = jnp.where(along > -self.clear, -self.clear + (along + self.clear) * wide / far, along)
+        return jnp.stack([along, across], -1) @ new + now[17:19]
+
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line from the cube to the goal; the arm's joints, which the features leave out, stay."""
         axes, _ = self._axes(observation)
@@ -501,7 +519,7 @@ class ArmPick:
         *_place_channels("goal"),
     )
     action: Sequence[Channel] = (*_moves("xyz"), Channel("open", "1", -1.0, 1.0))
-    planned: Sequence[str] = ("way_x", "way_y", "way_z", "open")
+    planned: Sequence[Channel] = (*_ways("xyz"), Channel("opened", "1", -1.0, 1.0))
     handled: Sequence[str] = ("cube",)
 
     start: ClassVar[Mapping[str, Variable]] = _scalars(cube="xy", goal="xyz")
@@ -592,6 +610,15 @@ class ArmPick:
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
         axes = _towards(self._apart(observation))[0]
         return jnp.concatenate([observation[14:17] + REACH * way[..., :3] @ axes, way[..., 3:]], -1)
+
+    def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
+        """Shifted bit by bit to the new cube until the fingers close, and from there to the new goal."""
+        frames = jnp.arange(len(way), dtype=way.dtype)
+        grasp = jnp.maximum(jnp.argmax(way[:, 3] < 0).astype(way.dtype), 1.0)
+        carried = jnp.clip((frames - grasp) / (2 * grasp), 0.0, 1.0)
+        fetched = jnp.clip(frames / grasp, 0.0, 1.0) * (1 - carried)
+        cube, goal = now[18:21] - before[18:21], now[24:27] - before[24:27]
+        return way.at[:, :3].add(fetched[:, None] * cube + carried[:, None] * goal)
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of where the tool has to go; the arm's joints, which the features leave out, stay."""

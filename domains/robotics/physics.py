@@ -96,15 +96,19 @@ class CStepper:
         self._batch.step(nstep=steps, stage=CURRENT)
 
     def work(self, control: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Steps with `control` held; the work of the actuators, J, `[count]`, net and with all of it counted as positive.
+        """Steps with `control` held; the work of actuators and of what carries weights, J, `[count]`, net and all counted as positive.
 
         The sum over steps of force times mean speed, exact to the first order of the time step.
         """
         self._control[:] = control
-        told = self._batch.rollout(steps, record=("actuator_force", "actuator_velocity"))
+        began = self.velocity
+        told = self._batch.rollout(steps, record=("actuator_force", "actuator_velocity", "qfrc_gravcomp", "qvel"))
         self._batch.forward(stage=CURRENT)
-        speed = np.concatenate([told["actuator_velocity"], self.read("actuator_velocity")[:, None]], 1)
-        work = told["actuator_force"] * (speed[:, 1:] + speed[:, :-1]) / 2 * self.model.opt.timestep
+        ended = self.read("actuator_velocity")
+        moved = np.concatenate([told["actuator_velocity"], ended[:, None]], 1)  # what follows from a state is that before the step ...
+        turned = np.concatenate([began[:, None], told["qvel"]], 1)  # ... the state itself is that after it
+        pairs = ((told["actuator_force"], moved), (told["qfrc_gravcomp"], turned))
+        work = np.concatenate([force * (speed[:, 1:] + speed[:, :-1]) / 2 for force, speed in pairs], 2) * self.model.opt.timestep
         return work.sum((1, 2)), np.abs(work).sum((1, 2))
 
     def read(self, name: str) -> np.ndarray:
