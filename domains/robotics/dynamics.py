@@ -39,7 +39,7 @@ from twinsim.base import (
 )
 
 MOTION, NOW, DONE = "motion", "now", "actions"
-RIDGE = 1e-3  # of the linear baseline, in variances of a regressor
+RIDGE = 1e-6  # of the linear baseline, in variances of a regressor
 HORIZONS = (1, 5, 10, 20, 50)
 STRIDE = 5  # control steps between the beginnings of two training examples
 
