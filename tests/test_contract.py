@@ -26,7 +26,8 @@ TRIMMED = {  # what one year or two show of a domain, four years show no better
     "city/commuting": ["domain.dataset.count=40", "domain.regression.rounds=4"],
     "city/roadside": ["domain.factors=3", "domain.modes=6"],
     "city/loops": ["domain.factors=6", "domain.modes=4"],
-    "robotics/push": ["domain.demonstrations.count=4"],
+    **{f"robotics/{name}": ["domain.demonstrations.count=4"] for name in ("push", "arm_push", "pick", "reach")},
+    "robotics/push_model": ["domain.record.count=6", "domain.record.held_out=6"],
     **{
         name: ["domain.splits.train=[{branch: cold1}, {branch: warm1}]", "domain.components.count=200"]
         for name in ("climate/generate", "climate/downscale")
@@ -269,13 +270,14 @@ def test_answer_has_names_units_and_says_that_it_is_synthetic(built):
 # ---------------------------------------------------------------- generators
 
 FIELD = Spec((8, 8), 2, 3, 2, (False, True))
-SPECS = {"field": FIELD, "vector": Spec((1,), 12, 0, 3, (False,))}
+SPECS = {"field": FIELD, "vector": Spec((1,), 12, 0, 3, (False,)), "motion": Spec((6,), 4, 2, 5, (False,))}
+OWN = {"ResidualMLP": "vector", "Ensemble": "motion"}  # networks that read no fields of any grid
 
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_generator_learns_and_draws_on_a_tiny_spec(name):
     node = run.resolve(cli._compose([f"generator={name}"]))["generator"]
-    spec = SPECS["vector" if node["net"]["_target_"].endswith("ResidualMLP") else "field"]
+    spec = SPECS[OWN.get(node["net"]["_target_"].rpartition(".")[2], "field")]
     module = made(lambda: build(node, spec=spec, rngs=nnx.Rngs(0)))
     draw = np.random.default_rng(0)
     shapes = ((*spec.grid, spec.channels), (*spec.grid, spec.fields), (spec.scalars,))
