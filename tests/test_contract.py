@@ -26,7 +26,7 @@ TRIMMED = {  # what one year or two show of a domain, four years show no better
     "city/commuting": ["domain.dataset.count=40", "domain.regression.rounds=4"],
     "city/roadside": ["domain.factors=3", "domain.modes=6"],
     "city/loops": ["domain.factors=6", "domain.modes=4"],
-    **{f"robotics/{name}": ["domain.demonstrations.count=4"] for name in ("push", "arm_push", "pick", "reach")},
+    **{f"robotics/{name}": ["domain.demonstrations.count=4", "domain.exam_starts=6"] for name in ("push", "arm_push", "pick", "reach")},
     "robotics/push_model": ["domain.record.count=6", "domain.record.held_out=6"],
     **{
         name: ["domain.splits.train=[{branch: cold1}, {branch: warm1}]", "domain.components.count=200"]
@@ -233,7 +233,7 @@ def test_exam_is_not_made_of_what_was_trained_on(built):
     days = getattr(domain, "as_days", lambda samples: samples)  # samples of several days overlap
     train, truth = days(domain.source("train")[slice(None)][0]), days(truth)
     for name, values in truth.items():
-        if name not in train:
+        if np.shape(train.get(name))[1:] != values.shape[1:]:
             continue  # answers of many draws each, whose domain has a test of its own
         seen = np.asarray(train[name]).reshape(len(train[name]), -1)
         assert not any((seen == each.ravel()).all(1).any() for each in values), name

@@ -47,7 +47,7 @@ STOP = 0.01  # of a channel's range, by which a soft joint stop gives way
 DEEPEST = 1e-3  # m that bodies may be in each other: MuJoCo's contacts are soft
 KINDS = {"rad": "angles", "rad s-1": "turning speeds", "m": "places", "m s-1": "speeds", "1": "actions"}  # of channels, by their unit
 UNSEEN = 1e9  # scale of what no demonstration varies: a world beyond them looks to the generator like theirs, and only the feedback knows
-EXAM_SEED, EXAM = 10_007, 100  # of the held-out starts
+EXAM_SEED = 10_007  # of the held-out starts
 FORMATS = Literal["netcdf", "lerobot", "robomimic", "minari", "mcap", "mjcf"]
 
 
@@ -74,6 +74,7 @@ class Motions:
       task: what is to be done.
       demonstrations: what is learnt from.
       window: control steps of a draw; `stride`: how many of them are carried out before the next is drawn.
+      exam_starts: wide starts of the held-out test.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Motions:
     demonstrations: Demonstrations
     window: int = 8
     stride: int = 4
+    exam_starts: int = 100
 
     Scenario: ClassVar[type[scenarios.Scenario]] = MotionScenario
 
@@ -385,14 +387,14 @@ class Motions:
     @cached_property
     def held_out(self) -> tuple[dict[str, np.ndarray], np.ndarray, Played]:
         """Wide starts, their worlds and the demonstrator's own episodes from there, none of which was learnt from."""
-        start = self.task.draw(np.random.default_rng(EXAM_SEED), EXAM, "wide")
+        start = self.task.draw(np.random.default_rng(EXAM_SEED), self.exam_starts, "wide")
         start = start_from(self.task, start_of(self.task, start))
-        world = np.repeat(worlds.world()[None], EXAM, 0)
+        world = np.repeat(worlds.world()[None], self.exam_starts, 0)
         return start, world, self.scene.play(start, world, lambda _, seen: self.task.demonstrate(seen))
 
     def exam(self, members: int, most: int | None = None) -> tuple[Question, Sample]:
         start, world, played = self.held_out
-        count = min(EXAM, most or EXAM)
+        count = min(self.exam_starts, most or self.exam_starts)
         part = {name: values[:count] for name, values in start.items()}
         title = f"{self.name}: {count} wide starts that were not demonstrated"
         truth = {name: np.asarray(values)[:count] for name, values in self.as_sample(played).items()}
