@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from building import rough_jit
 
-from domains.robotics import arm, tasks, worlds
+from domains.robotics import arm, flyer, tasks, worlds
 from domains.robotics.physics import compiled
 from domains.robotics.push import PlanarPush
 from domains.robotics.tasks import Scene
 from twinsim.base import BadInput
 
-TASKS: dict[str, Any] = {"push": PlanarPush(), "arm_reach": arm.ArmReach(), "arm_push": arm.ArmPush(), "arm_pick": arm.ArmPick()}
+ALL = (PlanarPush(), arm.ArmReach(), arm.ArmPush(), arm.ArmPick(), flyer.Inspection(), flyer.Landing())
+TASKS: dict[str, Any] = {task.name: task for task in ALL}
+FIXED = ("inspection",)  # whose world has a middle that does not move
 COUNT = 16
 
 
@@ -71,7 +73,7 @@ def test_frames_are_turned_back_and_mirrored(played: Any) -> None:
     assert np.abs(inside).max() < 3
     np.testing.assert_allclose(out(seen, inside), way, atol=1e-5)
     other, other_way = mirrored(seen, way)
-    np.testing.assert_allclose(mirrored(other, other_way)[1], way, atol=1e-5)
+    np.testing.assert_allclose(np.sin(mirrored(other, other_way)[1] - way), 0.0, atol=1e-5)  # angles, too
     np.testing.assert_allclose(np.abs(into(other, other_way)), np.abs(inside), atol=2e-3)  # the mirror changes signs alone
     np.testing.assert_allclose(task.off(other), task.off(seen), atol=1e-5)
 
@@ -80,17 +82,22 @@ def test_way_points_move_with_the_scene(played: Any) -> None:
     """A scene turned about the vertical has its way points turned; one that stays leaves them where they are."""
     task, _, _, wide = played
     seen = wide.observation[0].astype(np.float64)
-    names = [each.name for each in task.planned]
+    names, by = [each.name for each in task.planned], shift(task)
     way = task.way(seen, wide.action[0].astype(np.float64))
-    other = moved(task, seen[:1], 0.7, np.array([0.11, -0.23]))[0]
+    other = moved(task, seen[:1], 0.7, by)[0]
     turned, turn = way.copy(), np.array([[np.cos(0.7), -np.sin(0.7)], [np.sin(0.7), np.cos(0.7)]])
     at = [names.index("way_x"), names.index("way_y")]
-    turned[:, at] = way[:, at] @ turn.T + [0.11, -0.23]
+    turned[:, at] = way[:, at] @ turn.T + by
+    turned += 0.7 * np.array([name == "way_heading" for name in names])
     with jax.enable_x64(True):
         first, whole = jnp.asarray(seen[0]), jnp.asarray(way)
         move = rough_jit(task.moved)
-        np.testing.assert_allclose(move(first, first, whole), way, atol=1e-9)
-        np.testing.assert_allclose(move(first, jnp.asarray(other), whole), turned, atol=1e-6)
+        for then, wanted in ((first, way), (jnp.asarray(other), turned)):
+            np.testing.assert_allclose(np.exp(1j * np.asarray(move(first, then, whole))), np.exp(1j * wanted), atol=1e-6)  # angles, too
+
+
+def shift(task: Any) -> np.ndarray:
+    return np.array([0.0, 0.0] if task.name in FIXED else [0.11, -0.23])
 
 
 def moved(task: Any, seen: np.ndarray, angle: float, by: np.ndarray) -> np.ndarray:
@@ -110,7 +117,7 @@ def moved(task: Any, seen: np.ndarray, angle: float, by: np.ndarray) -> np.ndarr
 def test_features_do_not_see_where_in_the_world_the_scene_is(played: Any) -> None:
     task, _, _, wide = played
     seen = wide.observation[:4, ::9].reshape(-1, wide.observation.shape[-1]).astype(np.float64)
-    other = moved(task, seen, 0.7, np.array([0.11, -0.23]))
+    other = moved(task, seen, 0.7, shift(task))
     with jax.enable_x64(True):  # where the direction to the goal is a matter of millimetres, float32 is too coarse
         features = rough_jit(jax.vmap(task.features))
         one, two = (np.asarray(features(jnp.asarray(values))) for values in (seen, other))
@@ -167,3 +174,22 @@ def test_what_is_held_stays_held(gravity: float) -> None:
     slip = held[:, 18:21] - held[:, 14:17]
     assert np.abs(held[-1, 18:21] - [0.5, -0.1, 0.3]).max() < 0.01
     assert np.abs(slip - slip[0]).max() < 5e-4
+
+
+# ---------------------------------------------------------------- robots with thrusters
+
+
+def test_legs_crush_by_what_the_fall_brings() -> None:
+    """m v2 / 2 at touch-down against the legs' four weights, less the one they carry: v from a thrustless fall of 2 m on the Moon."""
+    task = flyer.Landing(frames=40)
+    model = Scene(task).model
+    data = mujoco.MjData(model)
+    data.qpos[2] = 2.0
+    for _ in range(800):
+        mujoco.mj_step(model, data)
+    assert data.qpos[3] == pytest.approx(min(2.0 / 3, task.stroke), rel=0.05)  # here they are crushed to the stop
+    data = mujoco.MjData(model)
+    data.qpos[2] = 0.5
+    for _ in range(800):
+        mujoco.mj_step(model, data)
+    assert data.qpos[3] == pytest.approx(0.5 / 3, rel=0.1)
