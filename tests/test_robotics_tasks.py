@@ -193,3 +193,77 @@ def test_legs_crush_by_what_the_fall_brings() -> None:
     for _ in range(800):
         mujoco.mj_step(model, data)
     assert data.qpos[3] == pytest.approx(0.5 / 3, rel=0.1)
+
+
+# ---------------------------------------------------------------- worlds
+
+
+def test_named_worlds_are_worlds_with_a_source() -> None:
+    for name, each in worlds.PRESETS.items():
+        assert worlds.of(worlds.preset(name), next(iter(each.values))) == pytest.approx(next(iter(each.values.values())))
+        assert len(each.source) > 10
+    with pytest.raises(BadInput, match="space_moon"):
+        worlds.preset("venus")
+
+
+def test_drawn_worlds_stay_in_their_ranges() -> None:
+    drawn = worlds.draw(np.random.default_rng(0), 2000, {"gravity": [1.0, 4.0], "friction": [0.1, 10.0, "log"]})
+    gravity, friction = worlds.of(drawn, "gravity"), worlds.of(drawn, "friction")
+    assert gravity.min() >= 1 and gravity.max() <= 4 and gravity.mean() == pytest.approx(2.5, abs=0.1)
+    assert np.median(friction) == pytest.approx(1.0, rel=0.15)
+    assert (worlds.of(drawn, "payload") == 1).all()
+    for wrong in (
+        {"gravity": [4, 1]},
+        {"gravity": [1]},
+        {"wind": [0, 1]},
+        {"friction": [0, 1, "log"]},
+        {"gravity": [0, 99]},
+        {"gravity": "1"},
+    ):
+        with pytest.raises(BadInput, match="world"):
+            worlds.draw(np.random.default_rng(0), 2, wrong)
+
+
+def told(seen: np.ndarray, frames: int = 200, **values: float) -> np.ndarray:
+    """What sensors of a push tell of a scene that stands still, `[frame, count, channel]`."""
+    sensors, answer = worlds.Sensors(np.arange(len(seen)) + 7), []
+    for _ in range(frames):
+        sensors = sensors.tell(seen, earth(len(seen), **values), TASKS["push"].observation, 20.0)
+        answer.append(sensors.told)
+    return np.array(answer)
+
+
+def test_faults_are_what_their_names_say() -> None:
+    channels = TASKS["push"].observation
+    goal = [index for index, each in enumerate(channels) if each.name.startswith("goal")]
+    read = [index for index in range(len(channels)) if index not in goal]
+    seen = np.full((20, len(channels)), 0.3)
+    assert (told(seen)[..., read] == 0.3).all()
+    noisy = told(seen, noise=2.0)
+    sigma = np.array([worlds.NOISE[each.units] for each in channels])
+    np.testing.assert_allclose((noisy - 0.3).std((0, 1))[read], 2 * sigma[read], rtol=0.08)
+    assert (noisy[..., goal] == 0.3).all()  # nobody measures a goal
+    np.testing.assert_allclose(told(seen, drift=0.01)[100, :, read], 0.3 * (1 + 0.01 * 5.0))
+    flipped = told(seen, flips=0.1)[..., read]
+    moved_by = np.abs(flipped - 0.3) / np.array([each.upper - each.lower for each in channels])[read]
+    assert (moved_by > 0).mean() == pytest.approx(0.1, abs=0.01)
+    assert moved_by.max() < 0.51
+    twice = told(seen, noise=1.0, dropout=0.3)[..., read]
+    assert (np.diff(twice, axis=0) == 0).mean() == pytest.approx(0.3, abs=0.02)
+    assert np.array_equal(told(seen, noise=1.0, flips=0.1)[:, 3:5], told(seen[:5], noise=1.0, flips=0.1)[:, 3:5])  # by seed alone
+
+
+def test_a_policy_sees_what_sensors_tell() -> None:
+    task = TASKS["arm_reach"]
+    start, world = task.draw(np.random.default_rng(0), 3, "narrow"), earth(3, noise=5.0, dropout=0.1)
+    given: list[np.ndarray] = []
+
+    def policy(_: int, seen: np.ndarray) -> np.ndarray:
+        given.append(seen.astype(np.float32))
+        return task.demonstrate(seen)
+
+    played = Scene(task).play(start, world, policy, 10)
+    assert np.array_equal(np.stack(given, 1), played.seen)
+    assert 1e-3 < np.abs(played.seen - played.observation)[..., :7].std() < 1e-2
+    again = Scene(task).replay(start, world, played.action)
+    assert np.array_equal(again.observation, played.observation)
