@@ -234,9 +234,9 @@ class Scene:
         state, sent = self.begin(start, world), np.zeros((len(world), LATEST, len(self.task.action)), np.float32)
         return self.advance(state, sent, start, world, policy, self.task.frames if frames is None else frames, sensors)[2]
 
-    def replay(self, start: Start, world: np.ndarray, action: np.ndarray) -> Played:
+    def replay(self, start: Start, world: np.ndarray, action: np.ndarray, sensors: worlds.Sensors | None = None) -> Played:
         """Episodes from the start on with given actions `[count, frame, channel]`."""
-        return self.play(start, world, lambda frame, _: action[:, frame], action.shape[1])
+        return self.play(start, world, lambda frame, _: action[:, frame], action.shape[1], sensors)
 
     def positions(self, start: Start, world: np.ndarray, action: np.ndarray) -> np.ndarray:
         """Generalised positions before each of given actions `[count, frame, channel]`, `[count, frame, nq]`."""
