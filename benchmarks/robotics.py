@@ -1,13 +1,13 @@
 """Measures whether generated pushes make policies better, and what a thousand of them cost.
 
-policy: an unchanged behaviour-cloning policy is trained on N narrow demonstrations, alone and with 100 synthetic episodes, and judged by its
-success in the simulator on 100 narrow and 100 wide starts, five seeds each. The peer's script holds demonstrations, policy, replay, filter and its own
-MimicGen-style and jitter arms; it replays our proposals itself. The yield is that of all proposals, failures included. Intervals are 95 %
-bootstraps over seeds, paired by seed; of five seeds they are optimistic.
-thousand: CPU and wall seconds of `twinsim run robotics/thousand_pushes`, from 25 demonstrations to a LeRobot folder with 1,000 verified episodes.
+policy: an unchanged behaviour-cloning policy is trained on N narrow demonstrations, alone and with 100 synthetic episodes, and judged by
+its success in the simulator on 100 narrow and 100 wide starts, five seeds each. The peer's script holds demonstrations, policy, replay,
+filter and its own MimicGen-style and jitter arms; it replays our proposals itself. The yield is that of all proposals, failures included.
+Intervals are 95 % bootstraps over seeds, paired by seed; of five seeds they are optimistic.
+thousand: CPU and wall seconds of `twinsim run robotics/thousand_pushes`, from 25 demonstrations to a LeRobot folder of 1,000 episodes.
 Trainings that are done lie in --out and are found again. Writes `benchmarks/results/robotics.json`; --readme shows it in README.md.
 
-  python benchmarks/robotics.py [--shared FOLDER] [--out out/bench-robotics] [--parts policy,thousand] [--demos 10,25,50] [--seeds 5] [--arms ...]
+  python benchmarks/robotics.py [--shared FOLDER] [--out FOLDER] [--parts policy,thousand] [--demos 10,25,50] [--seeds 5] [--arms real,...]
 """
 
 import argparse

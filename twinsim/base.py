@@ -165,7 +165,7 @@ class Question:
     constrain: Callable[[Callable[[Target], Sample], Condition], Sequence[Constraint]] | None = None
     misses: Callable[[Sample, Condition], Array] | None = None
     notes: Sequence[str] = ()
-    unroll: "Callable[[Propose, Condition, Array], Sample] | None" = None
+    unroll: "Callable[[Propose, Condition, Array], Sample] | None" = field(default=None, kw_only=True)
 
 
 Propose = Callable[[Condition, Array], Sample]  # condition, key -> one draw of the generator, decoded

@@ -1,4 +1,4 @@
-"""What a generator of motions has to beat: demonstrations with noise, and demonstrations moved to a new start, both played in the simulator."""
+"""What a generator of motions has to beat, in the simulator too: demonstrations with noise, and demonstrations moved to a new start."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING

@@ -1,9 +1,9 @@
 """The robotics domain: motions of a robot at a task, learnt from a few demonstrations and carried out by the simulator.
 
-What is generated is a window: the way points of the next few control steps, given what is seen. They are learnt in the task's own frame
-(that of a puck that looks at its goal, say), so that a motion seen at one place is known at every other. An answer is an episode: a window is
-drawn, its first steps are tracked in the simulator, and from what came of them the next is drawn. Every episode is then played again
-from what is kept of it, checked, and only what holds is delivered.
+What is generated is a window: the way points of the next few control steps, given what is seen. They are learnt in the task's own
+frame (on the puck and looking at the goal, say), so that a motion seen at one place is known at every other. An answer is an episode: a
+window is drawn, its first steps are tracked in the simulator, and from what came of them the next is drawn. Every episode is then
+played again from what is kept of it, checked, and only what holds is delivered.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +19,9 @@ import pydantic
 import xarray as xr
 
 from domains.robotics import baselines, results, scores, worlds
-from domains.robotics.demonstrations import Demonstrations, Episode, start_from, start_of, windows
-from domains.robotics.tasks import LATEST, Played, Scene, Task
+from domains.robotics.demonstrations import Demonstrations, start_from, start_of, windows
+from domains.robotics.episodes import Episode
+from domains.robotics.tasks import LATEST, Played, Scene, Task, reached
 from twinsim import scenario as scenarios
 from twinsim.base import (
     Array,
@@ -110,7 +111,7 @@ class Motions:
             **channels,
             **actions,
             "depth": Variable(("frame",), "m", "greatest depth of contact"),
-            "gain": Variable(("frame",), "J", "energy gained beyond what the actuators can have given"),
+            "gain": Variable(("frame",), "J", "energy gained beyond the work of the actuators"),
             "length": Variable((), "1", "control steps until the goal was kept"),
             "success": Variable((), "1", "1 where the goal was reached and kept"),
             "replay_error": Variable((), "1", "greatest difference of an observation when the actions are played again"),
@@ -201,7 +202,7 @@ class Motions:
         if "success" not in sample:
             beyond = [jnp.maximum(each.lower - sample[each.name], sample[each.name] - each.upper).max() for each in self.task.planned]
             return {"way points outside of the workspace": jnp.maximum(jnp.stack(beyond).max(), 0.0)}
-        there = jnp.arange(self.task.frames) < sample["length"]
+        there = jnp.arange(self.task.frames, dtype=jnp.float32) < jnp.asarray(sample["length"])
 
         def worst(values: Array) -> Array:
             return jnp.max(jnp.where(there, values, 0.0))
@@ -227,8 +228,12 @@ class Motions:
         frames, seen_size, act_size = task.frames, len(task.observation), len(task.action)
         state_size = self._state_size
         shape = jax.ShapeDtypeStruct
-        one = {"vmap_method": "broadcast_all"}
-        state = jax.pure_callback(self._begin, shape((state_size,), jnp.uint32), start, world, **one)
+
+        def called(function: Callable[..., Any], out: Any, *given: Array) -> Any:
+            """The host's part, of all episodes of a tile at once."""
+            return jax.pure_callback(function, out, *given, vmap_method="broadcast_all")
+
+        state = called(self._begin, shape((state_size,), jnp.uint32), start, world)
         outs = (
             shape((state_size,), jnp.uint32),
             shape((LATEST, act_size), jnp.float32),
@@ -244,7 +249,7 @@ class Motions:
             number, state, sent, seen, actions, after, kept = carry
             window = propose({"observation": seen, "world": world}, jax.random.fold_in(key, number))
             ways = jnp.stack([window[each.name] for each in task.planned], -1)[:stride]
-            state, sent, acted, then = jax.pure_callback(self._advance, outs, state, sent, ways, start, world, **one)
+            state, sent, acted, then = called(self._advance, outs, state, sent, ways, start, world)
             actions = jax.lax.dynamic_update_slice(actions, acted, (number * stride, 0))
             after = jax.lax.dynamic_update_slice(after, then, (number * stride, 0))
             for frame in range(stride):
@@ -263,11 +268,11 @@ class Motions:
             shape((), jnp.float32),
             shape((), jnp.float32),
         )
-        played = jax.pure_callback(self._again, wanted, actions, after, number * stride, start, world, **one)
-        return self._as_sample(*played, actions)
+        return self._as_sample(called(self._again, wanted, actions, after, number * stride, start, world), actions)
 
-    def _as_sample(self, seen: Array, depth: Array, gain: Array, length: Array, success: Array, error: Array, action: Array) -> Sample:
-        """The outcome of episodes from its parts, `[..., frame, channel]`."""
+    def _as_sample(self, told: Sequence[Array], action: Array) -> Sample:
+        """The outcome of episodes from what `told` tells of them, the error of the replay, and the actions `[..., frame, channel]`."""
+        seen, depth, gain, length, success, error = told
         return {
             **{each.name: seen[..., index] for index, each in enumerate(self.task.observation)},
             **{each.name: action[..., index] for index, each in enumerate(self.task.action)},
@@ -296,7 +301,7 @@ class Motions:
             self.stride,
         )
         parts = (self._bits(after), line, played.action, played.after)
-        return tuple(np.asarray(part).reshape(*lead, *part.shape[1:]) for part in parts)
+        return tuple(np.asarray(part).reshape((*lead, *part.shape[1:])) for part in parts)
 
     def _again(
         self, actions: np.ndarray, after: np.ndarray, played: np.ndarray, start: np.ndarray, world: np.ndarray
@@ -310,17 +315,15 @@ class Motions:
         same = np.concatenate([answer[0][:, 1:], answer[0][:, -1:]], 1)  # the last frame is not seen again
         there[:, min(int(last.max()), actions.shape[1]) - 1 :] = False
         error = np.abs(np.where(there, same - after, 0)).max((1, 2))
-        return tuple(np.asarray(part, np.float32).reshape(*lead, *part.shape[1:]) for part in (*answer, error))
+        return tuple(np.asarray(part, np.float32).reshape((*lead, *part.shape[1:])) for part in (*answer, error))
 
     def replayed(self, start: np.ndarray, world: np.ndarray, actions: np.ndarray, frames: int) -> tuple[np.ndarray, ...]:
-        """What comes of actions `[count, frame, channel]`: observations, depth, gain, length and success; beyond `frames` all stands still."""
+        """What comes of actions `[count, frame, channel]`: see `told`."""
         played = self.scene.replay(start_from(self.task, start), world, actions[:, :frames])
         return self.told(played)
 
     def told(self, played: Played) -> tuple[np.ndarray, ...]:
         """Observations, depth, gain, length and success of episodes, filled up to the frames of the task."""
-        from domains.robotics.tasks import reached
-
         length, success = reached(self.task, played.after)
         rest = self.task.frames - played.action.shape[1]
         seen = np.concatenate([played.observation, np.repeat(played.last[:, None], rest, 1)], 1)
@@ -332,7 +335,7 @@ class Motions:
         """Episodes that were played, as the outcome that an answer holds, `[count, ...]`."""
         rest = self.task.frames - played.action.shape[1]
         action = np.pad(played.action, ((0, 0), (0, rest), (0, 0)))
-        return self._as_sample(*self.told(played), np.zeros(len(action), np.float32), action)
+        return self._as_sample((*self.told(played), np.zeros(len(action), np.float32)), action)
 
     @cached_property
     def _state_size(self) -> int:
@@ -360,7 +363,11 @@ class Motions:
         condition = {"observation": first, "world": np.asarray(world, np.float32), "start": vector}
         coords: dict[str, Any] = {"episode": ("episode", np.arange(len(vector)), {"long_name": "number of the start"})}
         for name, variable in self.task.start.items():
-            coords[f"start_{name}"] = ("episode", np.asarray(start[name], np.float32), {"units": variable.units, "long_name": variable.long_name})
+            coords[f"start_{name}"] = (
+                "episode",
+                np.asarray(start[name], np.float32),
+                {"units": variable.units, "long_name": variable.long_name},
+            )
         for index, name in enumerate(worlds.NAMES):
             told = worlds.PARAMETERS[name]
             coords[f"world_{name}"] = ("episode", condition["world"][:, index], {"units": told.units, "long_name": told.long_name})
@@ -431,14 +438,30 @@ class Motions:
     ) -> Sequence[Section]:
         return results.sections(self, asked, question, dataset, rules, evaluation)
 
-    def episodes(self, samples: Sample) -> list[Episode]:
-        """The successful ones of an answer `[..., frame]`, up to their goal."""
-        flat = {name: np.asarray(values).reshape(-1, *np.shape(values)[np.ndim(samples["success"]) :]) for name, values in samples.items()}
-        seen = np.stack([flat[each.name] for each in self.task.observation], -1)
-        action = np.stack([flat[each.name] for each in self.task.action], -1)
-        length = flat["length"].astype(int)
-        good = np.flatnonzero(flat["success"] > 0)
-        return [Episode(seen[row, : length[row]], action[row, : length[row]], worlds.world()) for row in good]
+    def episodes(self, samples: Sample, condition: Condition, seed: int = 0) -> list[Episode]:
+        """Those of an answer `[member, episode, ...]` that reach their goal and keep every rule, up to their goal."""
+        kept = self.holds(samples)
+        seen, action = (
+            np.stack([np.asarray(samples[each.name]) for each in channels], -1) for channels in (self.task.observation, self.task.action)
+        )
+        length, world = np.asarray(samples["length"]).astype(int), np.asarray(condition["world"])
+        return [
+            Episode(
+                seen[member, row, :size],
+                action[member, row, :size],
+                seed=seed,
+                final=seen[member, row, size] if size < self.task.frames else None,
+                environment=worlds.named(world[row]),
+            )
+            for member, row in np.argwhere(kept)
+            for size in (length[member, row],)
+        ]
+
+    def holds(self, samples: Sample) -> np.ndarray:
+        """Which episodes of an answer reach their goal and keep every rule, `[member, episode]`."""
+        broken = jax.jit(jax.vmap(jax.vmap(lambda sample: self.check(sample, {}))))({name: np.asarray(v) for name, v in samples.items()})
+        kept = np.all([np.asarray(values) <= 0 for values in broken.values()], axis=0)
+        return kept & (np.asarray(samples["success"]) > 0)
 
 
 def _moments(values: np.ndarray) -> dict[str, np.ndarray]:

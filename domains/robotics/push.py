@@ -10,8 +10,9 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
+from domains.robotics.episodes import Channel
 from domains.robotics.physics import CStepper
-from domains.robotics.tasks import Channel, Start
+from domains.robotics.tasks import Start
 from twinsim.base import Array, BadInput, Variable
 
 UPPER, FORE = 0.45, 0.40  # m, lengths of the links
@@ -156,6 +157,9 @@ class PlanarPush:
             changed["dof_frictionloss"] = loss
         return changed
 
+    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
+        model.site("goal").pos[:2] = start["goal_x"], start["goal_y"]
+
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         position, velocity = stepper.position, stepper.velocity
         goal = np.stack([np.broadcast_to(start[f"goal_{axis}"], stepper.count) for axis in "xy"], -1)
@@ -209,17 +213,17 @@ class PlanarPush:
         return jnp.stack([along / apart, across / apart, jnp.log(apart / CLEAR), *near, jnp.minimum(left, 0.15) / 0.06])
 
     def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return (way - observation[4:6]) @ self._axes(observation)[0].T / REACH
+        return _less(way, observation[4:6]) @ self._axes(observation)[0].T / REACH
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return observation[4:6] + REACH * way @ self._axes(observation)[0]
+        return _less(REACH * way @ self._axes(observation)[0], -observation[4:6])
 
     def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
         """Turned about the puck towards the new goal, and beyond the puck stretched to it."""
         (old, far), (new, wide) = self._axes(before), self._axes(now)
-        along, across = ((way - before[6:8]) @ old.T).T
+        along, across = (_less(way, before[6:8]) @ old.T).T
         along = jnp.where(along > -CLEAR, -CLEAR + (along + CLEAR) * wide / far, along)
-        return now[6:8] + jnp.stack([along, across], -1) @ new
+        return _less(jnp.stack([along, across], -1) @ new, -now[6:8])
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line from the puck to the goal; the arm's joints, which the features leave out, stay."""
@@ -227,7 +231,12 @@ class PlanarPush:
         flip = axes.T @ jnp.diag(jnp.array([1.0, -1.0])) @ axes
         puck = observation[6:8]
         tip = puck + flip @ (observation[4:6] - puck)
-        return observation.at[4:6].set(tip), puck + (way - puck) @ flip
+        return observation.at[4:6].set(tip), _less(_less(way, puck) @ flip, -puck)
+
+
+def _less(way: jax.Array, place: jax.Array) -> jax.Array:
+    """`way` `[..., 2]` seen from `place` `[2]`."""
+    return jnp.asarray(way) - jnp.broadcast_to(place, way.shape)
 
 
 def _at_most_one(action: np.ndarray) -> np.ndarray:

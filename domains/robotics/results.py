@@ -1,6 +1,7 @@
 """The robotics part of a report, and what is delivered: verified episodes in the formats that trainers read."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from domains.robotics import worlds
-from twinsim.base import Question, Section
+from domains.robotics import lerobot, mcap, minari, robomimic, sheet, worlds
+from domains.robotics.demonstrations import layout
+from twinsim import files
+from twinsim.base import BadInput, Question, Section
 
 if TYPE_CHECKING:
     from domains.robotics.domain import Motions
 
 INK, FAILED, TRUTH = "#1b6ca8", "#c05a00", "#444444"
 DRAWN = 60  # episodes of a picture
+FILMED, SIZE = 9, 128  # episodes of a film, and pixels of each
 
 
 def limits(domain: "Motions") -> Sequence[str]:
@@ -51,8 +55,8 @@ def sections(
     ]
     for name, value in changed:
         if value != worlds.NOMINAL[name]:
-            told = worlds.PARAMETERS[name]
-            rows.append([told.long_name, f"{value:g} {told.units if told.units != '1' else ''}".strip()])
+            parameter = worlds.PARAMETERS[name]
+            rows.append([parameter.long_name, f"{value:g} {parameter.units if parameter.units != '1' else ''}".strip()])
     text = [asked.asks, f"To expect: {asked.expect.strip()}"]
     asked_for = Section("What was asked", text, {"The question": rows})
     size = dataset["success"].size
@@ -64,6 +68,7 @@ def sections(
     ]
     pictures = {
         f"Paths of {min(DRAWN, size)} episodes over the table: blue reach the goal, orange do not": _paths(domain, dataset),
+        f"A film of {min(FILMED, max(int(dataset['success'].values.sum()), 1))} of them, from above": _film(domain, dataset),
         "Where the episodes start, and how long they take": _starts(domain, dataset, start),
     }
     return [asked_for, Section("Episodes", told, {"Why episodes were rejected": reasons}, pictures)]
@@ -75,7 +80,42 @@ def verified(rules: Mapping[str, Any]) -> np.ndarray:
 
 
 def write(domain: "Motions", asked: Any, question: Question, dataset: xr.Dataset, folder: Path) -> None:
-    """The formats that were asked for, of the episodes that succeed."""
+    """The formats that were asked for, of the episodes that hold, and a film of some of them. Raises BadInput where none holds."""
+    samples = {name: values.values for name, values in dataset.data_vars.items()}
+    episodes = domain.episodes({str(name): values for name, values in samples.items()}, question.condition, asked.seed)
+    formats = set(asked.formats) - {"netcdf"}
+    told = layout(domain.task, generator="twinsim", seed=asked.seed, licence=domain.licence)
+    if formats & {"lerobot", "robomimic", "minari", "mcap"} and not episodes:
+        raise BadInput(f"scenario {asked.title!r}: expected episodes that hold, to write as {', '.join(sorted(formats))}, none does")
+    scene = domain.task.spec().to_xml()
+    if "lerobot" in formats:
+        lerobot.write(folder / "lerobot", told, episodes)
+    if "robomimic" in formats:
+        robomimic.write(folder / "robomimic.hdf5", told, episodes, model=scene)
+    if "minari" in formats:
+        minari.write(folder / "minari", told, episodes, name=f"twinsim/{domain.name.replace('/', '-')}-v0")
+    if "mcap" in formats:
+        mcap.write(folder / "episodes.mcap", told, episodes)
+    files.write_text(folder / "scene.xml", scene)
+    films = [filmed(domain, row) for row in _shown(dataset)]
+    sheet.write(folder / "contact_sheet.mp4", folder / "contact_sheet.png", films, fps=domain.task.rate)
+
+
+def _shown(dataset: xr.Dataset) -> list[xr.Dataset]:
+    """A few episodes that succeed, from starts all over the region."""
+    good = np.argwhere(dataset["success"].values > 0)
+    chosen = good[np.linspace(0, len(good) - 1, min(FILMED, len(good))).round().astype(int)] if len(good) else np.zeros((1, 2), int)
+    return [dataset.isel(member=int(member), episode=int(episode)) for member, episode in chosen]
+
+
+def filmed(domain: "Motions", episode: xr.Dataset) -> np.ndarray:
+    """Pictures of one episode, `[frame, height, width, 3]`: its actions are played again."""
+    length = int(episode["length"].values)
+    start = {name: np.asarray(episode[f"start_{name}"].values, np.float64)[None] for name in domain.task.start}
+    world = np.array([[float(episode[f"world_{name}"].values) for name in worlds.NAMES]], np.float32)
+    action = np.stack([episode[each.name].values for each in domain.task.action], -1)[None, :length]
+    positions = domain.scene.positions(start, world, action)[0]
+    return sheet.pictures(domain.scene.shown(start), positions, size=SIZE)
 
 
 def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
@@ -109,6 +149,22 @@ def _paths(domain: "Motions", dataset: xr.Dataset) -> bytes:
             axis.plot(x[row, : length[row]], y[row, : length[row]], color=colour, lw=0.7, alpha=0.6)
         axis.set(title=name, xlabel="x / m", ylabel="y / m", aspect="equal")
     return _png(figure)
+
+
+def _film(domain: "Motions", dataset: xr.Dataset) -> bytes:
+    """An animated PNG of a few episodes side by side, which stand still when they have ended; on paper, its first picture."""
+    from PIL import Image
+
+    films = [filmed(domain, row)[::2] for row in _shown(dataset)]
+    longest = max(map(len, films))
+    columns = math.ceil(math.sqrt(len(films)))
+    films += [np.full_like(films[0], 255)] * (-len(films) % columns)
+    whole = [np.concatenate([film, np.repeat(film[-1:], longest - len(film), 0)]) for film in films]
+    rows = [np.concatenate(whole[first : first + columns], 2) for first in range(0, len(whole), columns)]
+    pictures = [Image.fromarray(frame).quantize(64) for frame in np.concatenate(rows, 1)]
+    out = io.BytesIO()
+    pictures[0].save(out, format="png", save_all=True, append_images=pictures[1:], duration=round(2000 / domain.task.rate), loop=0)
+    return out.getvalue()
 
 
 def _starts(domain: "Motions", dataset: xr.Dataset, start: Mapping[str, np.ndarray]) -> bytes:

@@ -48,7 +48,7 @@ def paths(domain: "Motions", samples: Sample | None) -> np.ndarray:
     spread = np.concatenate([each.observation for each in demonstrations]).std(0)
     spread = np.where(spread > 1e-6, spread, 1.0)
     if samples is None:
-        return np.stack([_at_phases(each.observation, len(each)) for each in demonstrations]) / spread
+        return np.stack([_at_phases(each.observation, each.frames) for each in demonstrations]) / spread
     seen = np.stack([np.asarray(samples[each.name], np.float32) for each in domain.task.observation], -1)
     length = np.asarray(samples["length"]).astype(int)
     flat = seen.reshape(-1, *seen.shape[-2:])

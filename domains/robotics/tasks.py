@@ -3,32 +3,24 @@
 Host functions take `count` episodes at once, numpy in and out; those of one observation are traced by JAX and have no leading axis.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import mujoco
 import numpy as np
 
 from domains.robotics import worlds
+from domains.robotics.episodes import Channel
 from domains.robotics.physics import CStepper, compiled
 from twinsim.base import Array, Variable
 
 Policy = Callable[[int, np.ndarray], np.ndarray]  # control step, observations `[count, channel]` -> actions `[count, channel]`
 Start = Mapping[str, np.ndarray]  # name -> `[count]`
-SLACK = 2.0  # an actuator may be faster during a control step than at both its ends
-ENERGY_ROUNDING = 1e-3  # J: what an integrator and soft contacts may give
+SOFT, ROUNDING = 1e-2, 0.02  # J that a soft contact (20 N over 1 mm) gives back; of the work, what an integrator of first order is off
 LATEST = int(worlds.PARAMETERS["latency"].upper)  # control steps that a command may be under way
-
-
-class Channel(NamedTuple):
-    """One number of an observation or an action, and the bounds beyond which it is broken."""
-
-    name: str
-    units: str
-    lower: float = -np.inf
-    upper: float = np.inf
 
 
 class Task(Protocol):
@@ -73,6 +65,10 @@ class Task(Protocol):
         """What worlds `[count, parameter]` change of the model."""
         ...
 
+    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
+        """Puts into place what only shows, such as the goal's site."""
+        ...
+
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         """`[count, channel]`."""
         ...
@@ -114,7 +110,7 @@ class Task(Protocol):
         ...
 
     def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
-        """Way points `[frame, planned]` of an episode that began as seen in `before`, moved with what they are about to one that begins `now`."""
+        """Way points `[frame, planned]` of an episode that began `before`, moved with its objects to one that begins `now`."""
         ...
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +126,7 @@ class Played:
       observation: `[count, frame, channel]`, before each action; `last`: after the last, `[count, channel]`.
       action: `[count, frame, channel]`.
       depth: how deep bodies were in each other, m, `[count, frame]`.
-      gain: energy gained during each control step beyond what the actuators can have given, J, `[count, frame]`.
+      gain: energy gained during each control step beyond the work of the actuators, J, `[count, frame]`.
     """
 
     observation: np.ndarray
@@ -162,8 +158,6 @@ class Scene:
             if (mujoco.mj_id2name(self.model, mujoco.mjtObj.mjOBJ_SENSOR, index) or "").startswith("gap")
         ]
         self._gaps = np.array(gaps, int)
-        limited = self.model.actuator_forcelimited.astype(bool)
-        self._force = np.where(limited, np.abs(self.model.actuator_forcerange).max(1), np.inf) if self.model.nu else np.zeros(0)
         self._last: tuple[bytes, CStepper] | None = None  # of many calls in a row for the same worlds
 
     def stepper(self, world: np.ndarray) -> CStepper:
@@ -197,28 +191,22 @@ class Scene:
         observed = np.zeros((count, frames + 1, len(task.observation)), np.float32)
         line = np.concatenate([sent, np.zeros((count, frames, len(task.action)), np.float32)], 1).astype(np.float32)
         depth, gain = np.zeros((count, frames), np.float32), np.zeros((count, frames), np.float32)
-        strongest = self._force * worlds.of(world, "torque")[:, None]
-        energy, speed = self._energy(stepper)
+        energy = stepper.read("energy").sum(1)
         for frame in range(frames):
             seen = task.observe(stepper, start)
             observed[:, frame] = seen
             depth[:, frame] = self._depth(stepper)
             line[:, LATEST + frame] = policy(frame, seen)
             due = line[np.arange(count), LATEST + frame - late].astype(np.float64)
-            stepper.step(task.control(seen, due), task.steps)
-            (before, slow), (energy, speed) = (energy, speed), self._energy(stepper)
-            given = SLACK * (strongest * np.maximum(slow, speed)).sum(1) / task.rate
-            gain[:, frame] = np.maximum(energy - before - given - ENERGY_ROUNDING, 0.0)
+            net, gross = stepper.work(task.control(seen, due), task.steps)
+            before, energy = energy, stepper.read("energy").sum(1)
+            gain[:, frame] = np.maximum(energy - before - net - SOFT - ROUNDING * gross, 0.0)
         observed[:, frames] = task.observe(stepper, start)
         return stepper.state, line[:, frames:], Played(observed[:, :frames], observed[:, frames], line[:, LATEST:], depth, gain)
 
     def _depth(self, stepper: CStepper) -> np.ndarray:
         gaps = stepper.read("sensordata")[:, self._gaps] if len(self._gaps) else np.zeros((stepper.count, 1))
         return np.maximum(-gaps.min(1), 0.0)
-
-    def _energy(self, stepper: CStepper) -> tuple[np.ndarray, np.ndarray]:
-        """Kinetic and potential energy, J, `[count]`, and speeds of the actuators, `[count, nu]`."""
-        return stepper.read("energy").sum(1), np.abs(stepper.read("actuator_velocity"))
 
     def play(self, start: Start, world: np.ndarray, policy: Policy, frames: int | None = None) -> Played:
         """Episodes from the start on."""
@@ -229,6 +217,24 @@ class Scene:
         """Episodes from the start on with given actions `[count, frame, channel]`."""
         return self.play(start, world, lambda frame, _: action[:, frame], action.shape[1])
 
+    def positions(self, start: Start, world: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """Generalised positions before each of given actions `[count, frame, channel]`, `[count, frame, nq]`."""
+        found: list[np.ndarray] = []
+        stepper = self.stepper(world)
+
+        def policy(frame: int, _: np.ndarray) -> np.ndarray:
+            found.append(stepper.position)
+            return action[:, frame]
+
+        self.play(start, world, policy, action.shape[1])
+        return np.stack(found, 1)
+
+    def shown(self, start: Start) -> mujoco.MjModel:
+        """The model with what only shows, such as the goal, where the first of the starts has it."""
+        model = copy.deepcopy(self.model)
+        self.task.show(model, {name: values[0] for name, values in start.items()})
+        return model
+
 
 def reached(task: Task, after: Array) -> tuple[np.ndarray, np.ndarray]:
     """Control steps until the goal was kept for `hold` in a row, `[count]`, all of them where it was not; and whether it was.
@@ -238,8 +244,8 @@ def reached(task: Task, after: Array) -> tuple[np.ndarray, np.ndarray]:
     """
     there = np.asarray(task.off(after)) <= 0
     kept = np.cumsum(np.pad(there, ((0, 0), (1, 0))), 1)
-    whole = kept[:, task.hold :] - kept[:, : -task.hold] == task.hold  # of the frames from each on
-    success = whole.any(1)
+    whole: np.ndarray = kept[:, task.hold :] - kept[:, : -task.hold] == task.hold  # of the frames from each on
+    success = np.asarray(whole.any(1))
     return np.where(success, whole.argmax(1) + task.hold, there.shape[1]), success
 
 

@@ -50,6 +50,11 @@ def world(values: Mapping[str, float] | None = None) -> np.ndarray:
     return np.array([{**NOMINAL, **given}[name] for name in NAMES], np.float32)
 
 
+def named(vector: np.ndarray) -> dict[str, float]:
+    """The figures of one world by name: the inverse of `world`."""
+    return {name: float(value) for name, value in zip(NAMES, vector, strict=True)}
+
+
 def of(worlds: np.ndarray, name: str) -> np.ndarray:
     """One parameter of worlds `[..., parameter]`, as float64."""
     return np.asarray(worlds, np.float64)[..., NAMES.index(name)]
