@@ -14,8 +14,9 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
+from domains.robotics.episodes import Channel
 from domains.robotics.physics import CStepper
-from domains.robotics.tasks import Channel, Start
+from domains.robotics.tasks import Start
 from twinsim.base import Array, BadInput, Variable
 
 JOINTS = 7
@@ -260,6 +261,20 @@ def _mirror(axes: jax.Array) -> jax.Array:
     return axes.T @ jnp.diag(jnp.array([1.0, -1.0, 1.0], axes.dtype)) @ axes
 
 
+def _less(way: jax.Array, place: jax.Array) -> jax.Array:
+    """`way` `[..., n]` seen from `place` `[n]`."""
+    return jnp.asarray(way) - jnp.broadcast_to(place, way.shape)
+
+
+def _stretched(way: jax.Array, old: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Points `[frame, 3]` about a line from one place to another, turned, stretched and sheared with it to another line."""
+    (before, far), (now, wide) = _towards(old[1] - old[0]), _towards(new[1] - new[0])
+    along, across, up = (_less(way, old[0]) @ before.T).T
+    share = jnp.clip(along / far, 0.0, 1.0)
+    up = up + share * ((new[1] - new[0])[2] - (old[1] - old[0])[2])
+    return _less(jnp.stack([along * wide / far, across, up], -1) @ now, -new[0])
+
+
 # ---------------------------------------------------------------- reach
 
 
@@ -276,7 +291,7 @@ class ArmReach:
     hold: int = 5
     observation: Sequence[Channel] = (*_joint_channels(), *_place_channels("tool"), *_place_channels("goal"))
     action: Sequence[Channel] = _moves("xyz")
-    planned: Sequence[str] = ("way_x", "way_y", "way_z")
+    planned: Sequence[Channel] = _place_channels("way")
     handled: Sequence[str] = ("link7",)
 
     start: ClassVar[Mapping[str, Variable]] = _scalars(tool="xyz", goal="xyz")
@@ -299,6 +314,9 @@ class ArmReach:
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         return worlds.fields(model, world, self.handled)
+
+    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
+        model.site("goal").pos = [start[f"goal_{axis}"] for axis in "xyz"]
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         goal = np.broadcast_to(_given(start, "goal", "xyz"), (stepper.count, 3))
@@ -328,15 +346,19 @@ class ArmReach:
         return jnp.stack([far / left, apart[2] / left, jnp.minimum(far, 0.15) / 0.05, jnp.clip(apart[2], -0.15, 0.15) / 0.05])
 
     def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return (way - observation[14:17]) @ _towards(observation[17:20] - observation[14:17])[0].T / REACH
+        return _less(way, observation[14:17]) @ _towards(observation[17:20] - observation[14:17])[0].T / REACH
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return observation[14:17] + REACH * way @ _towards(observation[17:20] - observation[14:17])[0]
+        return _less(REACH * way @ _towards(observation[17:20] - observation[14:17])[0], -observation[14:17])
+
+    def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
+        """Turned and stretched from where the tool begins to the goal."""
+        return _stretched(way, (before[14:17], before[17:20]), (now[14:17], now[17:20]))
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line to the goal; the arm's joints, which the features leave out, stay."""
         tip = observation[14:17]
-        return observation, tip + (way - tip) @ _mirror(_towards(observation[17:20] - tip)[0])
+        return observation, _less(_less(way, tip) @ _mirror(_towards(observation[17:20] - tip)[0]), -tip)
 
 
 # ---------------------------------------------------------------- push
@@ -363,7 +385,7 @@ class ArmPush:
         Channel("goal_y", "m", -2.0, 2.0),
     )
     action: Sequence[Channel] = _moves("xy")
-    planned: Sequence[str] = ("way_x", "way_y")
+    planned: Sequence[Channel] = _place_channels("way")[:2]
     handled: Sequence[str] = ("cube",)
 
     start: ClassVar[Mapping[str, Variable]] = _scalars(cube="xy", goal="xy")
@@ -400,6 +422,9 @@ class ArmPush:
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         return worlds.fields(model, world, self.handled)
+
+    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
+        model.site("goal").pos = [start["goal_x"], start["goal_y"], CUBE]
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         position, velocity = stepper.position, stepper.velocity
@@ -461,10 +486,17 @@ class ArmPush:
         return jnp.stack([along / apart, across / apart, jnp.log(apart / clear), *near, jnp.minimum(left, 0.15) / 0.06, *faces])
 
     def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return (way - observation[14:16]) @ self._axes(observation)[0].T / REACH
+        return _less(way, observation[14:16]) @ self._axes(observation)[0].T / REACH
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return observation[14:16] + REACH * way @ self._axes(observation)[0]
+        return _less(REACH * way @ self._axes(observation)[0], -observation[14:16])
+
+    def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
+        """Turned about the cube towards the new goal, and beyond the cube stretched to it."""
+        (old, far), (new, wide) = self._axes(before), self._axes(now)
+        along, across = (_less(way, before[17:19]) @ old.T).T
+        along = jnp.where(along > -self.clear, -self.clear + (along + self.clear) * wide / far, along)
+        return _less(jnp.stack([along, across], -1) @ new, -now[17:19])
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line from the cube to the goal; the arm's joints, which the features leave out, stay."""
@@ -475,7 +507,7 @@ class ArmPush:
         turned = (
             observation.at[14:16].set(cube + flip @ (observation[14:16] - cube)).at[20].set(jnp.arctan2(jnp.sin(heading), jnp.cos(heading)))
         )
-        return turned, cube + (way - cube) @ flip
+        return turned, _less(_less(way, cube) @ flip, -cube)
 
 
 # ---------------------------------------------------------------- pick
@@ -501,7 +533,7 @@ class ArmPick:
         *_place_channels("goal"),
     )
     action: Sequence[Channel] = (*_moves("xyz"), Channel("open", "1", -1.0, 1.0))
-    planned: Sequence[str] = ("way_x", "way_y", "way_z", "open")
+    planned: Sequence[Channel] = (*_place_channels("way"), Channel("open", "1", -1.0, 1.0))
     handled: Sequence[str] = ("cube",)
 
     start: ClassVar[Mapping[str, Variable]] = _scalars(cube="xy", goal="xyz")
@@ -529,6 +561,9 @@ class ArmPick:
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         return worlds.fields(model, world, self.handled)
+
+    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
+        model.site("goal").pos = [start[f"goal_{axis}"] for axis in "xyz"]
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         position, velocity = stepper.position, stepper.velocity
@@ -587,17 +622,26 @@ class ArmPick:
 
     def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
         axes = _towards(self._apart(observation))[0]
-        return jnp.concatenate([(way[..., :3] - observation[14:17]) @ axes.T / REACH, way[..., 3:]], -1)
+        return jnp.concatenate([_less(way[..., :3], observation[14:17]) @ axes.T / REACH, way[..., 3:]], -1)
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
         axes = _towards(self._apart(observation))[0]
-        return jnp.concatenate([observation[14:17] + REACH * way[..., :3] @ axes, way[..., 3:]], -1)
+        return jnp.concatenate([_less(REACH * way[..., :3] @ axes, -observation[14:17]), way[..., 3:]], -1)
+
+    def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
+        """Turned and stretched from where the tool begins to the cube and, once the fingers close, from there to the goal."""
+        fetch, carry = (
+            _stretched(way[:, :3], (before[one], before[other]), (now[one], now[other]))
+            for one, other in ((slice(14, 17), slice(18, 21)), (slice(18, 21), slice(24, 27)))
+        )
+        closed = jnp.cumsum(way[:, 3:] < 0, 0) > 2  # a wobbling hand closes for a moment
+        return jnp.concatenate([jnp.where(closed, carry, fetch), way[:, 3:]], -1)
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of where the tool has to go; the arm's joints, which the features leave out, stay."""
         tip = observation[14:17]
         flip = _mirror(_towards(self._apart(observation))[0])
-        return observation, jnp.concatenate([tip + (way[..., :3] - tip) @ flip, way[..., 3:]], -1)
+        return observation, jnp.concatenate([_less(_less(way[..., :3], tip) @ flip, -tip), way[..., 3:]], -1)
 
 
 def _cube_at(place: np.ndarray) -> np.ndarray:

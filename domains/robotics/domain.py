@@ -43,7 +43,10 @@ from twinsim.base import (
     Variable,
 )
 
+STOP = 0.01  # of a channel's range, by which a soft joint stop gives way
 DEEPEST = 1e-3  # m that bodies may be in each other: MuJoCo's contacts are soft
+KINDS = {"rad": "angles", "rad s-1": "turning speeds", "m": "places", "m s-1": "speeds", "1": "actions"}  # of channels, by their unit
+UNSEEN = 1e9  # scale of what no demonstration varies: a world beyond them looks to the generator like theirs, and only the feedback knows
 EXAM_SEED, EXAM = 10_007, 100  # of the held-out starts
 FORMATS = Literal["netcdf", "lerobot", "robomimic", "minari", "mcap", "mjcf"]
 
@@ -170,7 +173,7 @@ class Motions:
 
     def fit(self) -> Statistics:
         features, ways = self._framed
-        return {"features": _moments(features), "ways": _moments(ways), "world": _moments(self._windows[2])}
+        return {"features": _moments(features), "ways": _moments(ways), "world": _moments(self._windows[2], UNSEEN)}
 
     def spec(self, statistics: Statistics | None = None) -> Spec:
         (features,) = jax.eval_shape(self.task.features, jnp.zeros(len(self.task.observation))).shape
@@ -209,9 +212,9 @@ class Motions:
 
         past: dict[str, list[Array]] = {}
         for each in (*self.task.observation, *self.task.action):
-            values, slack = sample[each.name], 1e-3 * (min(abs(each.lower), abs(each.upper)) if np.isfinite(each.lower) else 1.0)
+            values, slack = sample[each.name], STOP * (each.upper - each.lower if np.isfinite(each.upper - each.lower) else 1.0)
             over = worst(jnp.maximum(each.lower - slack - values, values - each.upper - slack))
-            past.setdefault(f"channels in {each.units} beyond their limits", []).append(jnp.maximum(over, 0.0))
+            past.setdefault(f"{KINDS.get(each.units, each.units)} beyond their limits", []).append(jnp.maximum(over, 0.0))
         return {
             **{rule: jnp.stack(over).max() for rule, over in past.items()},
             "contact deeper than 1 mm, m": jnp.maximum(worst(sample["depth"]) - DEEPEST, 0.0),
@@ -464,10 +467,10 @@ class Motions:
         return kept & (np.asarray(samples["success"]) > 0)
 
 
-def _moments(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean and scale of each number; what never changes has the scale 1."""
+def _moments(values: np.ndarray, constant: float = 1.0) -> dict[str, np.ndarray]:
+    """Mean and scale of each number; the scale of what never changes is `constant`."""
     scale = values.std(0)
-    return {"mean": values.mean(0).astype(np.float32), "scale": np.where(scale > 1e-6, scale, 1.0).astype(np.float32)}
+    return {"mean": values.mean(0).astype(np.float32), "scale": np.where(scale > 1e-6, scale, constant).astype(np.float32)}
 
 
 def _normalised(moments: Mapping[str, Array], values: Array) -> Array:

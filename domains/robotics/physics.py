@@ -66,6 +66,11 @@ class CStepper:
         self._position, self._velocity = self._batch.bind("qpos"), self._batch.bind("qvel")
         self._control = self._batch.bind("ctrl") if model.nu else np.zeros((count, 0))
         self._read: dict[str, np.ndarray] = {}
+        own = {"actuator_biasprm": model.actuator_biasprm[None], "actuator_forcerange": model.actuator_forcerange[None]} | dict(
+            fields or {}
+        )
+        self._slope = own["actuator_biasprm"][:, :, 2]
+        self._most = np.where(model.actuator_forcelimited, own["actuator_forcerange"][:, :, 1], np.inf)
 
     @property
     def position(self) -> np.ndarray:
@@ -98,14 +103,27 @@ class CStepper:
     def work(self, control: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Steps with `control` held; the work of the actuators, J, `[count]`, net and with all of it counted as positive.
 
-        The sum over steps of force times mean speed, exact to the first order of the time step.
+        Actuators carry bodies whose weight the model compensates, too. The sum over steps of force times mean speed, exact to the
+        first order of the time step.
         """
         self._control[:] = control
-        told = self._batch.rollout(steps, record=("actuator_force", "actuator_velocity"))
+        began = self.velocity
+        told = self._batch.rollout(steps, record=("actuator_force", "actuator_velocity", "qfrc_gravcomp", "qvel"))
         self._batch.forward(stage=CURRENT)
-        speed = np.concatenate([told["actuator_velocity"], self.read("actuator_velocity")[:, None]], 1)
-        work = told["actuator_force"] * (speed[:, 1:] + speed[:, :-1]) / 2 * self.model.opt.timestep
+        ended = self.read("actuator_velocity")
+        moved = np.concatenate([told["actuator_velocity"], ended[:, None]], 1)  # what follows from a state is that before the step ...
+        turned = np.concatenate([began[:, None], told["qvel"]], 1)  # ... the state itself that after it
+        applied = told["actuator_force"] + self._softer(told["actuator_force"], np.diff(moved, axis=1))
+        power = [force * (speed[:, 1:] + speed[:, :-1]) / 2 for force, speed in ((applied, moved), (told["qfrc_gravcomp"], turned))]
+        work = np.concatenate(power, 2) * self.model.opt.timestep
         return work.sum((1, 2)), np.abs(work).sum((1, 2))
+
+    def _softer(self, force: np.ndarray, change: np.ndarray) -> np.ndarray:
+        """What an implicit integrator adds to the actuators' forces `[count, step, nu]` for the change of speed within the step."""
+        if self.model.opt.integrator not in (mujoco.mjtIntegrator.mjINT_IMPLICIT, mujoco.mjtIntegrator.mjINT_IMPLICITFAST):
+            return np.zeros_like(force)
+        slope, most = self._slope[:, None, :], self._most[:, None, :]
+        return np.where(np.abs(force) < most, slope * change, 0.0)  # MuJoCo takes a clamped force as it is
 
     def read(self, name: str) -> np.ndarray:
         """What follows from the present state, `[count, ...]`, named as in MjData: "site_xpos", "sensordata", "energy" ..."""

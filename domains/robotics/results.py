@@ -54,7 +54,7 @@ def sections(
         (name, float(dataset[f"world_{name}"].values.flat[0])) for name in worlds.NAMES if np.ptp(dataset[f"world_{name}"].values) == 0
     ]
     for name, value in changed:
-        if value != worlds.NOMINAL[name]:
+        if value != np.float32(worlds.NOMINAL[name]):
             parameter = worlds.PARAMETERS[name]
             rows.append([parameter.long_name, f"{value:g} {parameter.units if parameter.units != '1' else ''}".strip()])
     text = [asked.asks, f"To expect: {asked.expect.strip()}"]
@@ -115,7 +115,7 @@ def filmed(domain: "Motions", episode: xr.Dataset) -> np.ndarray:
     world = np.array([[float(episode[f"world_{name}"].values) for name in worlds.NAMES]], np.float32)
     action = np.stack([episode[each.name].values for each in domain.task.action], -1)[None, :length]
     positions = domain.scene.positions(start, world, action)[0]
-    return sheet.pictures(domain.scene.shown(start), positions, size=SIZE)
+    return sheet.pictures(sheet.marked(domain.scene.model, {name: float(value[0]) for name, value in start.items()}), positions, size=SIZE)
 
 
 def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
