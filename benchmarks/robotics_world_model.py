@@ -3,8 +3,7 @@
 errors: for each seed, 200 mixed episodes are recorded and learnt from, and stretches of 60 others predicted; mean distance of the puck from
 where it then is, with 95 % bootstrap intervals, beside no motion, a linear model and the same ensemble without its view ("plain").
 played: success of the scripted demonstrator in the model, and from the same starts in the simulator.
-planning: success in the simulator of one planner with one cost on 40 wide starts, which looks ahead in each seed's model or in the
-simulator.
+planning: success in the simulator, on wide starts, of one planner with one cost that looks ahead in each seed's model or in the simulator.
 CPU seconds are of the whole process. Trainings that are done lie in --out and are found again.
 
   python benchmarks/robotics_world_model.py [--out out/bench-robotics-world-model] [--parts errors,played,planning] [--seeds 3] [--tasks 40]
@@ -140,7 +139,7 @@ def plans(given: argparse.Namespace) -> None:
 
 
 def judged(task: PlanarPush, played: Played) -> dict[str, Any]:
-    """Success with its 95 % interval (Wilson 1927), seconds to the goal, and the return: how far the puck was off on average."""
+    """Success with its 95 % interval (Wilson 1927), seconds to the goal, and how far the puck was off, mean over the episode."""
     length, success = reached(task, played.after)
     n, share, z = len(success), float(success.mean()), 1.96
     middle, half = (share + z * z / (2 * n)) / (1 + z * z / n), z * np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)

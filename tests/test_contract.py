@@ -26,7 +26,10 @@ TRIMMED = {  # what one year or two show of a domain, four years show no better
     "city/commuting": ["domain.dataset.count=40", "domain.regression.rounds=4"],
     "city/roadside": ["domain.factors=3", "domain.modes=6"],
     "city/loops": ["domain.factors=6", "domain.modes=4"],
-    **{f"robotics/{name}": ["domain.demonstrations.count=4", "domain.exam_starts=6"] for name in ("push", "arm_push", "pick", "reach", "inspect", "landing")},
+    **{
+        f"robotics/{name}": ["domain.demonstrations.count=4", "domain.exam_starts=6"]
+        for name in ("push", "arm_push", "pick", "reach", "inspect", "landing")
+    },
     "robotics/push_model": ["domain.record.count=6", "domain.record.held_out=6"],
     **{
         name: ["domain.splits.train=[{branch: cold1}, {branch: warm1}]", "domain.components.count=200"]
