@@ -18,10 +18,9 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are empty: more than half of a tiny run is spent on drawing, and most tests of runs do not look at them."""
-    from matplotlib.figure import Figure
+    from toy import draw_nothing
 
-    drawn = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **named: drawn(Figure(figure.get_size_inches()), *given, **named))
+    draw_nothing(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TWINSIM = "import sys; from twinsim.cli import main; sys.exit(main())"
+TWINSIM = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import toy; toy.draw_nothing(); sys.exit(toy.cli.main())"
 
 
 def flags() -> str:
@@ -17,7 +17,7 @@ def flags() -> str:
 
 
 def start(words: Sequence[str], count: int = 1, devices: int = 1, code: str = TWINSIM) -> list[subprocess.Popen]:
-    """`count` processes of one run, each with `devices` devices; by default they are `twinsim WORDS`."""
+    """`count` processes of one run, each with `devices` devices; by default they are `twinsim WORDS`, with empty pictures."""
     job = random.randrange(4096)  # the port on which they meet is made of it
     common = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     common["XLA_FLAGS"] = f"{flags()} --xla_force_host_platform_device_count={devices}".strip()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from matplotlib.figure import Figure
 
 from twinsim import cli, run
 
@@ -66,6 +67,12 @@ def place(folder: Path) -> Path:
 def quiet(stage: str) -> Iterator[Callable[..., None]]:
     """A progress that shows nothing."""
     yield lambda *_: None
+
+
+def draw_nothing(put: Callable = setattr) -> None:
+    """Leaves every picture empty, but of its size and format."""
+    drawn = Figure.savefig
+    put(Figure, "savefig", lambda figure, *given, **named: drawn(Figure(figure.get_size_inches()), *given, **named))
 
 
 def words(data: Path, out: Path) -> list[str]:

@@ -154,6 +154,8 @@ class Question:
       constrain: `(decode, condition) -> constraints` of one item; None where nothing is imposed.
       misses: `(sample, condition) -> ` how far a finished sample is from what is imposed; 0 = it holds.
       notes: what a reader of the answer must know.
+      unroll: `(propose, condition, key) -> ` an outcome that is made of many draws, each given what came of the ones before;
+        `propose(condition, key)` is one draw as a sample. None where one draw is simulated by the domain and that is all.
     """
 
     condition: Condition
@@ -163,6 +165,10 @@ class Question:
     constrain: Callable[[Callable[[Target], Sample], Condition], Sequence[Constraint]] | None = None
     misses: Callable[[Sample, Condition], Array] | None = None
     notes: Sequence[str] = ()
+    unroll: "Callable[[Propose, Condition, Array], Sample] | None" = field(default=None, kw_only=True)
+
+
+Propose = Callable[[Condition, Array], Sample]  # condition, key -> one draw of the generator, decoded
 
 
 # ---------------------------------------------------------------- scores

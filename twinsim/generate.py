@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from twinsim import files, mesh
-from twinsim.base import Array, BadInput, Condition, Constraint, Domain, Generator, Sample, Statistics, Target
+from twinsim.base import Array, BadInput, Condition, Constraint, Domain, Generator, Propose, Sample, Statistics, Target
 
 DAMAGED = (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)  # what zarr raises for a chunk or metadata cut or flipped
 
@@ -50,6 +50,7 @@ class Settings:
 
 Constrain = Callable[[Callable[[Target], Sample], Condition], Sequence[Constraint]]
 Misses = Callable[[Sample, Condition], Array]  # how far a sample is from what the question imposes; 0 = holds
+Unroll = Callable[[Propose, Condition, Array], Sample]
 Drawn = tuple[Sample, Mapping[str, Array]]  # what a draw comes to, and how far it breaks each rule
 IMPOSED = "what the scenario imposes"
 
@@ -61,6 +62,7 @@ def make_sampler(
     constrain: Constrain | None = None,
     misses: Misses | None = None,
     attempts: int = 1,
+    unroll: Unroll | None = None,
 ) -> Callable[..., tuple[Sample, Mapping[str, Array]]]:
     """A compiled `(params, statistics, keys [tile, draw], condition [tile, draw, ...]) -> (samples, broken rules)`.
 
@@ -70,15 +72,18 @@ def make_sampler(
 
     def draw(params: Any, statistics: Statistics, key: Array, condition: Condition) -> Drawn:
         model = generator(params)
-        fields, scalars = domain.encode(statistics, condition)
 
-        def decode(target: Target) -> Sample:
-            return domain.decode(statistics, target, condition)
+        def propose(condition: Condition, key: Array) -> Sample:
+            fields, scalars = domain.encode(statistics, condition)
+
+            def decode(target: Target) -> Sample:
+                return domain.decode(statistics, target, condition)
+
+            return decode(model.sample(fields, scalars, key, constrain(decode, condition) if constrain else ()))
 
         def attempt(number: jax.Array) -> Drawn:
-            constraints = constrain(decode, condition) if constrain else ()
-            sample = decode(model.sample(fields, scalars, jax.random.fold_in(key, number), constraints))
-            outcome = domain.simulate(sample, condition, key)
+            own = jax.random.fold_in(key, number)
+            outcome = unroll(propose, condition, own) if unroll else domain.simulate(propose(condition, own), condition, key)
             broken = dict(domain.check(outcome, condition))
             if misses is not None:
                 broken[IMPOSED] = misses(outcome, condition)

@@ -343,7 +343,7 @@ def draw(
 ) -> evaluation.Drawn:
     """All draws of a question, streamed into `store`: samples `[member, item, ...]` and broken rules `[member, item]`."""
     sampler = generate.make_sampler(
-        trained.domain, trained.assemble, trained.devices, question.constrain, question.misses, settings.attempts
+        trained.domain, trained.assemble, trained.devices, question.constrain, question.misses, settings.attempts, question.unroll
     )
     statistics = jax.device_put(trained.statistics, mesh.replicated(trained.devices))
 

@@ -1,0 +1,134 @@
+"""Measures whether generated pushes make policies better, and what a thousand of them cost.
+
+policy: an unchanged behaviour-cloning policy is trained on N narrow demonstrations, alone and with 100 synthetic episodes, and judged by
+its success in the simulator on 100 narrow and 100 wide starts, five seeds each. The peer's script holds demonstrations, policy, replay,
+filter and its own MimicGen-style and jitter arms; it replays our proposals itself. The yield is that of all proposals, failures included.
+Intervals are 95 % bootstraps over seeds, paired by seed; of five seeds they are optimistic.
+thousand: CPU and wall seconds of `twinsim run robotics/thousand_pushes`, from 25 demonstrations to a LeRobot folder of 1,000 episodes.
+Trainings that are done lie in --out and are found again. Writes `benchmarks/results/robotics.json`; --readme shows it in README.md.
+
+  python benchmarks/robotics.py [--shared FOLDER] [--out FOLDER] [--parts policy,thousand] [--demos 10,25,50] [--seeds 5] [--arms real,...]
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _results import ROOT, keep
+
+from domains.robotics import worlds  # noqa: E402
+from domains.robotics.push import REACH  # noqa: E402
+from twinsim import cli, run  # noqa: E402
+
+TARGETS = {10: 0.30, 25: 0.38, 50: 0.42}
+PROPOSALS, ACCEPTED, FRAMES = 150, 100, 150
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("TWINSIM_SHARED", ROOT.parent / "shared")))
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench-robotics")
+    parser.add_argument("--parts", default="policy,thousand")
+    parser.add_argument("--demos", default="10,25,50")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--arms", default="real,jitter,mimic,oracle,paths")
+    parser.add_argument("words", nargs="*", help="overrides of the configuration")
+    given = parser.parse_args()
+    peer = given.shared / "peers" / "robotics" / "robotics_baseline.py"
+    if "policy" in given.parts:
+        if not peer.is_file():
+            print(f"policy: skipped, there is no file {peer}")
+        else:
+            policy(given, peer.absolute())
+    return 0
+
+
+def policy(given: argparse.Namespace, peer: Path) -> None:
+    """The success of policies trained with and without synthetic episodes."""
+    given.out.mkdir(parents=True, exist_ok=True)
+    counts = [int(each) for each in given.demos.split(",")]
+    shared = ["--demos", given.demos, "--seeds", str(given.seeds)]
+    demos = given.out / "demos"
+    called(peer, *shared, "--arms", "real", "--steps", "1", "--eval", "2", "--export-demos", str(demos))
+    for count in counts:
+        for seed in range(given.seeds):
+            propose(given, demos / f"demos_n{count}_s{seed}.npz", count, seed)
+    result = given.out / "result.json"
+    paths = str(given.out / "paths_n{n}_s{s}.npz")
+    called(peer, *shared, "--arms", given.arms, "--syn", str(ACCEPTED), "--steps", "2500", "--paths", paths, "--out", str(result))
+    rows = json.loads(result.read_text())
+    measured = {str(count): told([row for row in rows if row["n"] == count], given.arms.split(",")) for count in counts}
+    for count in counts:
+        ours = measured[str(count)]["paths"]
+        print(f"N={count}: {json.dumps(ours)} target {TARGETS.get(count)}")
+    keep("robotics", "policy", {"seeds": given.seeds, "accepted": ACCEPTED, "proposals": PROPOSALS, "by demonstrations": measured})
+
+
+def propose(given: argparse.Namespace, file: Path, count: int, seed: int) -> None:
+    """Paths of the tip for wide starts of our own, as the peer's script reads them: where the tip was sent at each control step."""
+    out = given.out / f"paths_n{count}_s{seed}.npz"
+    if out.exists():
+        return
+    folder = given.out / f"demos_n{count}_s{seed}"
+    folder.mkdir(exist_ok=True)
+    (folder / "demonstrations.npz").write_bytes(file.read_bytes())
+    words = ["domain=robotics/push_recorded", f"archive={folder.absolute()}", f"out={given.out.absolute()}", f"seed={seed}", *given.words]
+    config = run.resolve(cli._compose(words))
+    trained = run.training(config, quiet)
+    domain: Any = trained.domain
+    start = domain.task.draw(np.random.default_rng(777_000 + 1000 * count + seed), PROPOSALS, "wide")
+    world = np.repeat(worlds.world()[None], PROPOSALS, 0)
+    question = domain.question(start, world, 1, "proposals", must=False)
+    drawn, _ = run.draw(trained, question, run.drawing_settings(config), seed, folder / "draws", f"{words}", lambda *_: None)
+    samples = {name: np.asarray(values[...])[0] for name, values in drawn.items()}
+    tip = np.stack([samples["tip_x"], samples["tip_y"]], -1)
+    sent = tip + REACH * np.stack([samples["move_x"], samples["move_y"]], -1)
+    for row, length in enumerate(samples["length"].astype(int)):
+        sent[row, length:] = sent[row, length - 1]
+    # float32 starts, as the twin used them
+    puck, goal = (np.stack([np.asarray(start[f"{name}_{axis}"], np.float32) for axis in "xy"], -1) for name in ("puck", "goal"))
+    print(f"N={count} seed {seed}: {samples['success'].mean():.2f} of {PROPOSALS} proposals succeed", flush=True)
+    np.savez(out, puck=puck.astype(np.float64), goal=goal.astype(np.float64), tip=sent[:, :FRAMES].astype(np.float64))
+
+
+def told(rows: list[dict[str, Any]], arms: list[str]) -> dict[str, Any]:
+    """Means over seeds by arm, and the gain over demonstrations alone, paired by seed, with its interval."""
+    draw = np.random.default_rng(0)
+    answer = {}
+    alone = {row["seed"]: row for row in rows if row["arm"] == "real"}
+    for arm in arms:
+        own = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["seed"])
+        figures: dict[str, Any] = {}
+        for region, name in (("id", "narrow"), ("wide", "wide")):
+            values = np.array([row[region] for row in own])
+            figures[name] = round(float(values.mean()), 3)
+            figures[f"{name}_sd"] = round(float(values.std()), 3)
+            if alone and arm != "real":
+                gain = values - np.array([alone[row["seed"]][region] for row in own])
+                means = gain[draw.integers(len(gain), size=(5000, len(gain)))].mean(1)
+                figures[f"{name}_gain"] = [round(float(value), 3) for value in (gain.mean(), *np.percentile(means, [2.5, 97.5]))]
+        if own[0]["yield_"] is not None:
+            figures["yield"] = round(float(np.mean([row["yield_"] for row in own])), 3)
+        answer[arm] = figures
+    return answer
+
+
+def called(script: Path, *words: str) -> None:
+    """Runs a script of the peer. Raises where it fails."""
+    subprocess.run([sys.executable, str(script), *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@contextlib.contextmanager
+def quiet(_: str) -> Iterator[Callable[..., None]]:
+    yield lambda *_: None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Demonstrations: episodes of a task done well, made by its scripted demonstrator or recorded."""
+
+import hashlib
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from domains.robotics import lerobot, worlds
+from domains.robotics.episodes import Episode, check, layout_of
+from domains.robotics.tasks import Played, Scene, Start, Task, reached, wobbling
+from twinsim.base import BadInput
+
+
+@dataclass(frozen=True, eq=False)
+class Demonstrations:
+    """Episodes, and where they are from.
+
+    Attributes:
+      files: those that were read, as records of inputs.
+      source: where they are from, for the report.
+    """
+
+    episodes: tuple[Episode, ...]
+    source: str
+    licence: str
+    files: tuple[Mapping[str, Any], ...] = field(default=())
+
+
+def scripted(
+    task: Task, count: int, seed: int = 0, region: str = "narrow", wobble: float = 0.25, world: Mapping[str, float] | None = None
+) -> Demonstrations:
+    """Successful episodes of the scripted demonstrator, whose hand wobbles. Raises BadInput where it does not succeed."""
+    if count < 1:
+        raise BadInput(f"demonstrations of {task.name}: expected a count of at least 1, got {count}")
+    episodes: list[Episode] = []
+    scene, noise = Scene(task), np.random.default_rng(seed)
+    for _ in range(20):
+        many = max(8, count - len(episodes))
+        start, vector = task.draw(noise, many, region), np.repeat(worlds.world(world)[None], many, 0)
+        episodes += successes(task, scene.play(start, vector, wobbling(task, noise, wobble)), vector, seed)
+        if len(episodes) >= count:
+            source = f"a scripted demonstrator with a wobble of {wobble:g}, starts {region}, simulated by MuJoCo"
+            return Demonstrations(tuple(episodes[:count]), source, "CC0-1.0")
+    raise BadInput(f"demonstrations of {task.name}: expected {count} successes, the demonstrator came to {len(episodes)}; a gentler world?")
+
+
+def successes(task: Task, played: Played, world: np.ndarray, seed: int = 0) -> list[Episode]:
+    """The episodes that reached their goal, up to there."""
+    length, done = reached(task, played.after)
+    return [
+        Episode(
+            played.observation[row, : length[row]],
+            played.action[row, : length[row]],
+            seed=seed,
+            final=played.after[row, length[row] - 1],
+            environment=worlds.named(world[row]),
+        )
+        for row in np.flatnonzero(done)
+    ]
+
+
+def recorded(task: Task, path: str, licence: str = "not stated") -> Demonstrations:
+    """Episodes from a LeRobot folder, or from an .npz with `obs` and `act` `[frame, channel]` and `length` `[episode]`. Raises BadInput."""
+    place, wanted = Path(path), layout_of(task, "", 0, licence)
+    episodes = lerobot.read(place, wanted)[1] if place.is_dir() else _arrays(place)
+    check(wanted, episodes, path)
+    files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    told = [
+        {
+            "name": file.name,
+            "place": str(file),
+            "licence": licence,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "size": file.stat().st_size,
+        }
+        for file in files
+    ]
+    return Demonstrations(tuple(each for each in episodes if each.success), f"recorded, {place.name}", licence, tuple(told))
+
+
+def _arrays(path: Path) -> list[Episode]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = {"obs", "act", "length"} - set(arrays.files)
+            if missing:
+                raise BadInput(f"{path}: expected the arrays obs, act and length, {' and '.join(sorted(missing))} is not there")
+            observation, action, length = arrays["obs"], arrays["act"], arrays["length"]
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise BadInput(
+            f"{path}: expected a LeRobot folder or an .npz of demonstrations, could not read it ({type(error).__name__})"
+        ) from error
+    if length.ndim != 1 or (length < 1).any() or length.sum() != len(observation) or len(observation) != len(action):
+        raise BadInput(
+            f"{path}: length: expected the frames of each episode, as many in all as in obs ({len(observation)}) and act ({len(action)}),"
+            f" got {int(length.sum())}"
+        )
+    ends = np.cumsum(length)
+    parts = [slice(end - size, end) for size, end in zip(length, ends, strict=True)]
+    return [Episode(observation[part].astype(np.float32), action[part].astype(np.float32)) for part in parts]
+
+
+def windows(task: Task, episodes: Iterable[Episode], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every stretch of `size` control steps that begins in an episode; beyond its end the last way point stays.
+
+    Returns:
+      observations at the beginning `[n, channel]`, way points `[n, size, planned]` and worlds `[n, parameter]`.
+    """
+    seen, ways, world = [], [], []
+    for episode in episodes:
+        way = np.asarray(task.way(episode.observation, episode.action), np.float32)
+        rows = np.minimum(np.arange(episode.frames)[:, None] + np.arange(size), episode.frames - 1)
+        seen.append(episode.observation)
+        ways.append(way[rows])
+        world.append(np.repeat(worlds.world(episode.environment)[None], episode.frames, 0))
+    return np.concatenate(seen), np.concatenate(ways), np.concatenate(world)
+
+
+def start_of(task: Task, start: Start) -> np.ndarray:
+    """A start as a vector in the order of the task's names, `[count, name]`."""
+    return np.stack([np.asarray(start[name], np.float32) for name in task.start], -1)
+
+
+def start_from(task: Task, vector: np.ndarray) -> dict[str, np.ndarray]:
+    """The inverse of `start_of`, in float64 of float32 values."""
+    return {name: np.asarray(vector[..., index], np.float64) for index, name in enumerate(task.start)}
