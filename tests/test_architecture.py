@@ -23,6 +23,12 @@ HOMES = {
     "optax": ("twinsim/train.py",),
     "jcm": ("domains/climate/speedy.py",),
     "mujoco": ("domains/robotics/",),
+    "pyarrow": ("domains/robotics/lerobot.py",),
+    "h5py": ("domains/robotics/robomimic.py",),
+    "av": ("domains/robotics/video.py",),
+    "minari": ("domains/robotics/minari.py",),
+    "mcap": ("domains/robotics/mcap.py",),
+    "gymnasium": ("domains/robotics/environments.py", "domains/robotics/minari.py"),
 }
 REMOVED = {"pmap", "pjit"}  # jax.jit with shardings, and jax.shard_map, do their work
 

@@ -227,7 +227,7 @@ def test_broken_episodes_are_found(twin):
     assert broken(gain=at) == set()  # after the goal
     at[10] = 1.0
     assert broken(gain=at) == {"energy from nowhere, J"}
-    assert broken(joint1=sample["joint1"] + 5) == {"channels in rad beyond their limits"}
+    assert broken(joint1=sample["joint1"] + 5) == {"angles beyond their limits"}
     assert broken(replay_error=np.float32(1e-6)) == {"difference when played again"}
 
 

@@ -200,7 +200,7 @@ def test_legs_crush_by_what_the_fall_brings() -> None:
 
 def test_named_worlds_are_worlds_with_a_source() -> None:
     for name, each in worlds.PRESETS.items():
-        assert worlds.of(worlds.preset(name), next(iter(each.values))) == pytest.approx(next(iter(each.values.values())))
+        assert worlds.of(worlds.world(worlds.preset(name).values), next(iter(each.values))) == pytest.approx(next(iter(each.values.values())))
         assert len(each.source) > 10
     with pytest.raises(BadInput, match="space_moon"):
         worlds.preset("venus")

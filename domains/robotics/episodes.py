@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import mujoco
 import numpy as np
 
+from domains.robotics.tasks import Channel, Task
 from twinsim.base import BadInput
 from twinsim.data import publish
 
@@ -16,15 +18,6 @@ SYNTHETIC = "Synthetic: generated and replayed in a simulator, not recorded on a
 SLACK = 0.05  # share of a channel's range that a sensor or a soft joint stop may overshoot
 TURNS = 4 * np.pi  # rad; a joint without limits that goes further is taken to be in degrees
 NAMED = 4  # names that a message gives
-
-
-class Channel(NamedTuple):
-    """One number of an observation or an action, and the bounds beyond which it is broken."""
-
-    name: str
-    units: str = ""
-    lower: float = -np.inf
-    upper: float = np.inf
 
 
 @dataclass(frozen=True)
@@ -83,6 +76,12 @@ class Episode:
     @property
     def frames(self) -> int:
         return len(self.action)
+
+
+def layout_of(task: Task, generator: str, seed: int, licence: str, note: str = SYNTHETIC) -> Layout:
+    """The layout of a task's episodes, as they hold in the simulator that is installed."""
+    channels = tuple(task.observation), tuple(task.action)
+    return Layout(task.robot, task.sentence, task.rate, *channels, mujoco.__version__, generator, seed, licence, note)
 
 
 # ---------------------------------------------------------------- checks

@@ -14,9 +14,8 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
-from domains.robotics.episodes import Channel
 from domains.robotics.physics import CStepper
-from domains.robotics.tasks import Start
+from domains.robotics.tasks import Channel, Start
 from twinsim.base import Array, BadInput, Variable
 
 MOON = 1.62  # m/s2, NASA Moon Fact Sheet (NSSDCA)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from domains.robotics import video
-from domains.robotics.episodes import Channel, Episode, Layout, check, check_same_robot, unfinished
+from domains.robotics.episodes import Episode, Layout, check, check_same_robot, unfinished
+from domains.robotics.tasks import Channel
 from twinsim.base import BadInput
 from twinsim.files import check_room
 
@@ -320,8 +321,8 @@ def read(folder: Path, expected: Layout | None = None, *, images: bool = False) 
     if version not in READABLE or not isinstance(features, dict):
         raise BadInput(f"{folder / INFO}: expected a LeRobot dataset of version {', '.join(READABLE)}, got {version}")
     for name in (STATE, ACTION):
-        if name not in features:
-            raise BadInput(f"{folder / INFO}: expected the feature {name}, got {', '.join(features)}")
+        if not isinstance(features.get(name), dict):
+            raise BadInput(f"{folder / INFO}: expected the feature {name}, got {', '.join(features) or 'none'}")
     layout = _layout(folder, info, features)
     if expected is not None:
         check_same_robot(expected, layout, str(folder))
@@ -376,21 +377,25 @@ def _layout(folder: Path, info: Mapping[str, Any], features: Mapping[str, Any]) 
         robot=str(info.get("robot_type") or "unknown"),
         task="",
         fps=fps,
-        observation=tuple(map(Channel, named[STATE])),
-        action=tuple(map(Channel, named[ACTION])),
+        observation=tuple(Channel(name, "") for name in named[STATE]),
+        action=tuple(Channel(name, "") for name in named[ACTION]),
         note=UNSTATED,
     )
     if not (folder / ABOUT).exists():
         return plain
     about = _json(folder / ABOUT)
     try:
-        channels = {kind: tuple(Channel(**each) for each in about[kind]) for kind in ("observation", "action")}
+        channels = {kind: tuple(map(_channel, about[kind])) for kind in ("observation", "action")}
         texts = {name: str(about[name]) for name in ("task", "mujoco", "generator", "licence", "note")}
         told = replace(plain, **texts, **channels, seed=int(about["seed"]))  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{folder / ABOUT}: expected the description that twinsim writes, got one without {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{folder / ABOUT}: expected the description that twinsim writes, got another ({error})") from error
     check_same_robot(plain, told, str(folder / ABOUT))
     return told
+
+
+def _channel(told: Mapping[str, Any]) -> Channel:
+    return Channel(str(told["name"]), str(told["units"]), float(told.get("lower", -np.inf)), float(told.get("upper", np.inf)))
 
 
 def _names(feature: Mapping[str, Any], where: str) -> list[str]:
@@ -431,6 +436,9 @@ def _read_frames(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     for name, column in columns.items():
         if column.null_count:
             raise BadInput(f"{folder / 'data'}: {name}: expected a value in every frame, got {column.null_count} frames without one")
+    for name in ("episode_index", "frame_index", "task_index"):
+        if not arrow.types.is_integer(columns[name].type):
+            raise BadInput(f"{folder / 'data'}: {name}: expected integers, got {columns[name].type}")
     return {
         name: column if arrow.types.is_nested(column.type) else column.to_numpy(zero_copy_only=False) for name, column in columns.items()
     }

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from domains.robotics.episodes import Channel, Episode, Layout, check, unfinished
+from domains.robotics.episodes import Episode, Layout, check, unfinished
+from domains.robotics.tasks import Channel
 from twinsim.base import BadInput
 
 TOPIC = "/frame"

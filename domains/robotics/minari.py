@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from domains.robotics.episodes import Channel, Episode, Layout, check, transitions, unfinished
+from domains.robotics.episodes import Episode, Layout, check, transitions, unfinished
+from domains.robotics.tasks import Channel
 from twinsim.base import BadInput
 
 MAIN = "data/main_data.hdf5"
@@ -18,14 +19,15 @@ MAIN = "data/main_data.hdf5"
 def write(folder: Path, layout: Layout, episodes: Sequence[Episode], *, name: str = "twinsim/push-v0", environment: str = "") -> None:
     """The data set `name`, "namespace/name-v0", below `folder`, whole or not at all; Minari finds it by MINARI_DATASETS_PATH=folder.
 
-    An episode's last observation is the one after its last action; where it was not kept, the last action is left out. The reward is 1 where success
-    is reached, which terminates an episode; others are truncated.
+    An episode's last observation is the one after its last action; where it was not kept, the last action is left out. The reward is 1
+    where success is reached, which terminates an episode; others are truncated.
 
     Args:
       environment: Gymnasium id, "twinsim/PlanarPush-v0", which `recover_environment` then makes.
     """
     try:
         import gymnasium
+        from gymnasium.spaces import Box
         from minari.data_collector import EpisodeBuffer
         from minari.dataset.minari_storage import MinariStorage
     except ImportError:
@@ -39,8 +41,8 @@ def write(folder: Path, layout: Layout, episodes: Sequence[Episode], *, name: st
         (partial / "data").mkdir(parents=True)
         storage = MinariStorage.new(
             partial / "data",
-            observation_space=_space(layout.observation),
-            action_space=_space(layout.action),
+            observation_space=Box(-np.inf, np.inf, (len(layout.observation),), np.float32),
+            action_space=Box(*_bounds(layout.action), dtype=np.float32),
             env_spec=gymnasium.spec(environment) if environment else None,
         )
         storage.update_metadata(
@@ -82,11 +84,8 @@ def _buffer(episode: Episode, index: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def _space(channels: Sequence[Channel]) -> Any:
-    from gymnasium.spaces import Box
-
-    lower, upper = (np.array([getattr(channel, side) for channel in channels], np.float32) for side in ("lower", "upper"))
-    return Box(lower, upper, dtype=np.float32)
+def _bounds(channels: Sequence[Channel]) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.array([getattr(channel, side) for channel in channels], np.float32) for side in ("lower", "upper"))  # type: ignore
 
 
 def _version() -> str:

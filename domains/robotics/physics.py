@@ -107,16 +107,16 @@ class CStepper:
         first order of the time step.
         """
         self._control[:] = control
-        kinds = [("actuator_force", "actuator_velocity")] + [("qfrc_gravcomp", "qvel")] * bool(self.model.body_gravcomp.any())
-        told = self._batch.rollout(steps, record=tuple(name for kind in kinds for name in kind))
+        began = self.velocity
+        told = self._batch.rollout(steps, record=("actuator_force", "actuator_velocity", "qfrc_gravcomp", "qvel"))
         self._batch.forward(stage=CURRENT)
-        net, gross = np.zeros(self.count), np.zeros(self.count)
-        for force, velocity in kinds:
-            speed = np.concatenate([told[velocity], self.read(velocity)[:, None]], 1)
-            applied = told[force] + (self._softer(told[force], np.diff(speed, axis=1)) if force == "actuator_force" else 0.0)
-            work = applied * (speed[:, 1:] + speed[:, :-1]) / 2 * self.model.opt.timestep
-            net, gross = net + work.sum((1, 2)), gross + np.abs(work).sum((1, 2))
-        return net, gross
+        ended = self.read("actuator_velocity")
+        moved = np.concatenate([told["actuator_velocity"], ended[:, None]], 1)  # what follows from a state is that before the step ...
+        turned = np.concatenate([began[:, None], told["qvel"]], 1)  # ... the state itself that after it
+        applied = told["actuator_force"] + self._softer(told["actuator_force"], np.diff(moved, axis=1))
+        power = [force * (speed[:, 1:] + speed[:, :-1]) / 2 for force, speed in ((applied, moved), (told["qfrc_gravcomp"], turned))]
+        work = np.concatenate(power, 2) * self.model.opt.timestep
+        return work.sum((1, 2)), np.abs(work).sum((1, 2))
 
     def _softer(self, force: np.ndarray, change: np.ndarray) -> np.ndarray:
         """What an implicit integrator adds to the actuators' forces `[count, step, nu]` for the change of speed within the step."""

@@ -10,9 +10,8 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
-from domains.robotics.episodes import Channel
 from domains.robotics.physics import CStepper
-from domains.robotics.tasks import Start
+from domains.robotics.tasks import Channel, Start
 from twinsim.base import Array, BadInput, Variable
 
 UPPER, FORE = 0.45, 0.40  # m, lengths of the links
@@ -156,9 +155,6 @@ class PlanarPush:
             loss[:, 2:] *= rubbing[:, None]
             changed["dof_frictionloss"] = loss
         return changed
-
-    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
-        model.site("goal").pos[:2] = start["goal_x"], start["goal_y"]
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         position, velocity = stepper.position, stepper.velocity

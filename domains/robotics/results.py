@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from domains.robotics import lerobot, mcap, minari, robomimic, sheet, worlds
-from domains.robotics.demonstrations import layout
+from domains.robotics.episodes import layout_of
 from twinsim import files
 from twinsim.base import BadInput, Question, Section
 
@@ -54,7 +54,7 @@ def sections(
         (name, float(dataset[f"world_{name}"].values.flat[0])) for name in worlds.NAMES if np.ptp(dataset[f"world_{name}"].values) == 0
     ]
     for name, value in changed:
-        if value != worlds.NOMINAL[name]:
+        if value != np.float32(worlds.NOMINAL[name]):
             parameter = worlds.PARAMETERS[name]
             rows.append([parameter.long_name, f"{value:g} {parameter.units if parameter.units != '1' else ''}".strip()])
     text = [asked.asks, f"To expect: {asked.expect.strip()}"]
@@ -84,7 +84,7 @@ def write(domain: "Motions", asked: Any, question: Question, dataset: xr.Dataset
     samples = {name: values.values for name, values in dataset.data_vars.items()}
     episodes = domain.episodes({str(name): values for name, values in samples.items()}, question.condition, asked.seed)
     formats = set(asked.formats) - {"netcdf"}
-    told = layout(domain.task, generator="twinsim", seed=asked.seed, licence=domain.licence)
+    told = layout_of(domain.task, "twinsim", asked.seed, domain.licence)
     if formats & {"lerobot", "robomimic", "minari", "mcap"} and not episodes:
         raise BadInput(f"scenario {asked.title!r}: expected episodes that hold, to write as {', '.join(sorted(formats))}, none does")
     scene = domain.task.spec().to_xml()
@@ -115,7 +115,7 @@ def filmed(domain: "Motions", episode: xr.Dataset) -> np.ndarray:
     world = np.array([[float(episode[f"world_{name}"].values) for name in worlds.NAMES]], np.float32)
     action = np.stack([episode[each.name].values for each in domain.task.action], -1)[None, :length]
     positions = domain.scene.positions(start, world, action)[0]
-    return sheet.pictures(domain.scene.shown(start), positions, size=SIZE)
+    return sheet.pictures(sheet.marked(domain.scene.model, {name: float(value[0]) for name, value in start.items()}), positions, size=SIZE)
 
 
 def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:

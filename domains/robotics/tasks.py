@@ -3,17 +3,15 @@
 Host functions take `count` episodes at once, numpy in and out; those of one observation are traced by JAX and have no leading axis.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import mujoco
 import numpy as np
 
 from domains.robotics import worlds
-from domains.robotics.episodes import Channel
 from domains.robotics.physics import CStepper, compiled
 from twinsim.base import Array, Variable
 
@@ -21,6 +19,15 @@ Policy = Callable[[int, np.ndarray], np.ndarray]  # control step, observations `
 Start = Mapping[str, np.ndarray]  # name -> `[count]`
 SOFT, ROUNDING = 1e-2, 0.02  # J that a soft contact (20 N over 1 mm) gives back; of the work, what an integrator of first order is off
 LATEST = int(worlds.PARAMETERS["latency"].upper)  # control steps that a command may be under way
+
+
+class Channel(NamedTuple):
+    """One number of an observation or an action, and the bounds beyond which it is broken."""
+
+    name: str
+    units: str = ""
+    lower: float = -np.inf
+    upper: float = np.inf
 
 
 class Task(Protocol):
@@ -63,10 +70,6 @@ class Task(Protocol):
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         """What worlds `[count, parameter]` change of the model."""
-        ...
-
-    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
-        """Puts into place what only shows, such as the goal's site."""
         ...
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
@@ -231,9 +234,9 @@ class Scene:
         state, sent = self.begin(start, world), np.zeros((len(world), LATEST, len(self.task.action)), np.float32)
         return self.advance(state, sent, start, world, policy, self.task.frames if frames is None else frames, sensors)[2]
 
-    def replay(self, start: Start, world: np.ndarray, action: np.ndarray) -> Played:
+    def replay(self, start: Start, world: np.ndarray, action: np.ndarray, sensors: worlds.Sensors | None = None) -> Played:
         """Episodes from the start on with given actions `[count, frame, channel]`."""
-        return self.play(start, world, lambda frame, _: action[:, frame], action.shape[1])
+        return self.play(start, world, lambda frame, _: action[:, frame], action.shape[1], sensors)
 
     def positions(self, start: Start, world: np.ndarray, action: np.ndarray) -> np.ndarray:
         """Generalised positions before each of given actions `[count, frame, channel]`, `[count, frame, nq]`."""
@@ -246,12 +249,6 @@ class Scene:
 
         self.play(start, world, policy, action.shape[1])
         return np.stack(found, 1)
-
-    def shown(self, start: Start) -> mujoco.MjModel:
-        """The model with what only shows, such as the goal, where the first of the starts has it."""
-        model = copy.deepcopy(self.model)
-        self.task.show(model, {name: values[0] for name, values in start.items()})
-        return model
 
 
 def reached(task: Task, after: Array) -> tuple[np.ndarray, np.ndarray]:

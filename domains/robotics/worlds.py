@@ -5,13 +5,16 @@ A world is a vector, one number a parameter, so that it can be drawn at random, 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import mujoco
 import numpy as np
 from scipy.special import ndtri
 
-from domains.robotics.episodes import Channel
 from twinsim.base import BadInput, Variable
+
+if TYPE_CHECKING:
+    from domains.robotics.tasks import Channel
 
 EARTH = 9.81  # m/s2
 
@@ -65,11 +68,11 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-def preset(name: str) -> np.ndarray:
-    """The vector of a named world, `[parameter]`. Raises BadInput."""
+def preset(name: str) -> Preset:
+    """A named world. Raises BadInput."""
     if name not in PRESETS:
         raise BadInput(f"world {name}: expected one of {', '.join(PRESETS)}")
-    return world(PRESETS[name].values)
+    return PRESETS[name]
 
 
 def draw(noise: np.random.Generator, count: int, ranges: Mapping[str, Sequence[float | str]]) -> np.ndarray:
@@ -165,7 +168,7 @@ class Sensors:
     frame: int = 0
     told: np.ndarray | None = None
 
-    def tell(self, seen: np.ndarray, world: np.ndarray, channels: Sequence[Channel], rate: float) -> "Sensors":
+    def tell(self, seen: np.ndarray, world: np.ndarray, channels: "Sequence[Channel]", rate: float) -> "Sensors":
         """What they tell of `seen` `[count, channel]`, as `told` of the sensors a control step later.
 
         A gain that drifts, noise, a flipped bit, and last, where a reading drops out, what was told before. A flip is one of the bits of
