@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -348,3 +349,12 @@ def test_the_scene_is_the_one_of_the_published_protocol():
     theirs = peer.run(peer.expert, puck, goal)[0][:, :40]
     ours = Scene(TASK).play(start, nominal(3), lambda _, seen: TASK.demonstrate(seen), 40).observation
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_devices_play_at_the_same_time(scene):
+    """Each calls from a thread of its own, for the same worlds."""
+    start = [TASK.draw(np.random.default_rng(seed), 3, "wide") for seed in range(6)]
+    alone = [scene.play(each, nominal(3), lambda _, seen: TASK.demonstrate(seen), 30).observation for each in start]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda each: scene.play(each, nominal(3), lambda _, seen: TASK.demonstrate(seen), 30).observation, start))
+    assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))

@@ -3,6 +3,8 @@
 Host functions take `count` episodes at once, numpy in and out; those of one observation are traced by JAX and have no leading axis.
 """
 
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -18,6 +20,7 @@ from twinsim.base import Array, Variable
 Policy = Callable[[int, np.ndarray], np.ndarray]  # control step, observations `[count, channel]` -> actions `[count, channel]`
 Start = Mapping[str, np.ndarray]  # name -> `[count]`
 SOFT, ROUNDING = 1e-2, 0.02  # J that a soft contact (20 N over 1 mm) gives back; of the work, what an integrator of first order is off
+SMALL = 8  # degrees of freedom up to which copies step faster than threads meet
 LATEST = int(worlds.PARAMETERS["latency"].upper)  # control steps that a command may be under way
 
 
@@ -164,19 +167,22 @@ class Scene:
         ]
         self._gaps = np.array(gaps, int)
         self._last: tuple[bytes, CStepper] | None = None  # of many calls in a row for the same worlds
+        self.turn = threading.RLock()  # each device calls from a thread of its own, and copies are stepped by one at a time
 
     def stepper(self, world: np.ndarray) -> CStepper:
-        """Copies in worlds `[count, parameter]`."""
+        """Copies in worlds `[count, parameter]`, the same ones as long as these are asked for."""
         made_for = np.ascontiguousarray(world, np.float32).tobytes()
         if self._last is None or self._last[0] != made_for:
-            self._last = made_for, CStepper(self.model, len(world), self.task.fields(self.model, world))
+            threads = 1 if self.model.nv <= SMALL else os.cpu_count() or 1
+            self._last = made_for, CStepper(self.model, len(world), self.task.fields(self.model, world), threads)
         return self._last[1]
 
     def begin(self, start: Start, world: np.ndarray) -> np.ndarray:
         """States of episodes that start, `[count, size]`."""
-        stepper = self.stepper(world)
-        stepper.place(self.task.place(start))
-        return stepper.state
+        with self.turn:
+            stepper = self.stepper(world)
+            stepper.place(self.task.place(start))
+            return stepper.state
 
     def advance(
         self,
@@ -197,31 +203,32 @@ class Scene:
         Returns:
           the state and the last actions after, and what was played.
         """
-        task, stepper = self.task, self.stepper(world)
-        stepper.state = state
-        count = stepper.count
-        late = np.round(worlds.of(world, "latency")).astype(int)
-        sensors = worlds.Sensors(np.arange(count)) if sensors is None else sensors
-        observed = np.zeros((count, frames + 1, len(task.observation)), np.float32)
-        told = np.zeros((count, frames, len(task.observation)), np.float32)
-        line = np.concatenate([sent, np.zeros((count, frames, len(task.action)), np.float32)], 1).astype(np.float32)
-        depth, gain = np.zeros((count, frames), np.float32), np.zeros((count, frames), np.float32)
-        energy = stepper.read("energy").sum(1)
-        for frame in range(frames):
-            seen = task.observe(stepper, start)
-            observed[:, frame] = seen
-            depth[:, frame] = self._depth(stepper)
-            sensors = sensors.tell(seen, world, task.observation, task.rate)
-            assert sensors.told is not None
-            told[:, frame] = sensors.told
-            line[:, LATEST + frame] = policy(frame, sensors.told)
-            due = line[np.arange(count), LATEST + frame - late].astype(np.float64)
-            net, gross = stepper.work(task.control(seen, due), task.steps)
-            before, energy = energy, stepper.read("energy").sum(1)
-            gain[:, frame] = np.maximum(energy - before - net - SOFT - ROUNDING * gross, 0.0)
-        observed[:, frames] = task.observe(stepper, start)
-        played = Played(observed[:, :frames], observed[:, frames], told, line[:, LATEST:], depth, gain)
-        return stepper.state, line[:, frames:], played
+        with self.turn:
+            task, stepper = self.task, self.stepper(world)
+            stepper.state = state
+            count = stepper.count
+            late = np.round(worlds.of(world, "latency")).astype(int)
+            sensors = worlds.Sensors(np.arange(count)) if sensors is None else sensors
+            observed = np.zeros((count, frames + 1, len(task.observation)), np.float32)
+            told = np.zeros((count, frames, len(task.observation)), np.float32)
+            line = np.concatenate([sent, np.zeros((count, frames, len(task.action)), np.float32)], 1).astype(np.float32)
+            depth, gain = np.zeros((count, frames), np.float32), np.zeros((count, frames), np.float32)
+            energy = stepper.read("energy").sum(1)
+            for frame in range(frames):
+                seen = task.observe(stepper, start)
+                observed[:, frame] = seen
+                depth[:, frame] = self._depth(stepper)
+                sensors = sensors.tell(seen, world, task.observation, task.rate)
+                assert sensors.told is not None
+                told[:, frame] = sensors.told
+                line[:, LATEST + frame] = policy(frame, sensors.told)
+                due = line[np.arange(count), LATEST + frame - late].astype(np.float64)
+                net, gross = stepper.work(task.control(seen, due), task.steps)
+                before, energy = energy, stepper.read("energy").sum(1)
+                gain[:, frame] = np.maximum(energy - before - net - SOFT - ROUNDING * gross, 0.0)
+            observed[:, frames] = task.observe(stepper, start)
+            played = Played(observed[:, :frames], observed[:, frames], told, line[:, LATEST:], depth, gain)
+            return stepper.state, line[:, frames:], played
 
     def _depth(self, stepper: CStepper) -> np.ndarray:
         gaps = stepper.read("sensordata")[:, self._gaps] if len(self._gaps) else np.zeros((stepper.count, 1))
