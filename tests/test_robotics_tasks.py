@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from building import rough_jit
 
-from domains.robotics import arm, tasks, worlds
+from domains.robotics import arm, flyer, tasks, worlds
 from domains.robotics.physics import compiled
 from domains.robotics.push import PlanarPush
 from domains.robotics.tasks import Scene
 from twinsim.base import BadInput
 
-TASKS: dict[str, Any] = {"push": PlanarPush(), "arm_reach": arm.ArmReach(), "arm_push": arm.ArmPush(), "arm_pick": arm.ArmPick()}
+ALL = (PlanarPush(), arm.ArmReach(), arm.ArmPush(), arm.ArmPick(), flyer.Inspection(), flyer.Landing())
+TASKS: dict[str, Any] = {task.name: task for task in ALL}
+FIXED = ("inspection",)  # whose world has a middle that does not move
 COUNT = 16
 
 
@@ -71,7 +73,7 @@ def test_frames_are_turned_back_and_mirrored(played: Any) -> None:
     assert np.abs(inside).max() < 3
     np.testing.assert_allclose(out(seen, inside), way, atol=1e-5)
     other, other_way = mirrored(seen, way)
-    np.testing.assert_allclose(mirrored(other, other_way)[1], way, atol=1e-5)
+    np.testing.assert_allclose(np.sin(mirrored(other, other_way)[1] - way), 0.0, atol=1e-5)  # angles, too
     np.testing.assert_allclose(np.abs(into(other, other_way)), np.abs(inside), atol=2e-3)  # the mirror changes signs alone
     np.testing.assert_allclose(task.off(other), task.off(seen), atol=1e-5)
 
@@ -80,17 +82,22 @@ def test_way_points_move_with_the_scene(played: Any) -> None:
     """A scene turned about the vertical has its way points turned; one that stays leaves them where they are."""
     task, _, _, wide = played
     seen = wide.observation[0].astype(np.float64)
-    names = [each.name for each in task.planned]
+    names, by = [each.name for each in task.planned], shift(task)
     way = task.way(seen, wide.action[0].astype(np.float64))
-    other = moved(task, seen[:1], 0.7, np.array([0.11, -0.23]))[0]
+    other = moved(task, seen[:1], 0.7, by)[0]
     turned, turn = way.copy(), np.array([[np.cos(0.7), -np.sin(0.7)], [np.sin(0.7), np.cos(0.7)]])
     at = [names.index("way_x"), names.index("way_y")]
-    turned[:, at] = way[:, at] @ turn.T + [0.11, -0.23]
+    turned[:, at] = way[:, at] @ turn.T + by
+    turned += 0.7 * np.array([name == "way_heading" for name in names])
     with jax.enable_x64(True):
         first, whole = jnp.asarray(seen[0]), jnp.asarray(way)
         move = rough_jit(task.moved)
-        np.testing.assert_allclose(move(first, first, whole), way, atol=1e-9)
-        np.testing.assert_allclose(move(first, jnp.asarray(other), whole), turned, atol=1e-6)
+        for then, wanted in ((first, way), (jnp.asarray(other), turned)):
+            np.testing.assert_allclose(np.exp(1j * np.asarray(move(first, then, whole))), np.exp(1j * wanted), atol=1e-6)  # angles, too
+
+
+def shift(task: Any) -> np.ndarray:
+    return np.array([0.0, 0.0] if task.name in FIXED else [0.11, -0.23])
 
 
 def moved(task: Any, seen: np.ndarray, angle: float, by: np.ndarray) -> np.ndarray:
@@ -110,7 +117,7 @@ def moved(task: Any, seen: np.ndarray, angle: float, by: np.ndarray) -> np.ndarr
 def test_features_do_not_see_where_in_the_world_the_scene_is(played: Any) -> None:
     task, _, _, wide = played
     seen = wide.observation[:4, ::9].reshape(-1, wide.observation.shape[-1]).astype(np.float64)
-    other = moved(task, seen, 0.7, np.array([0.11, -0.23]))
+    other = moved(task, seen, 0.7, shift(task))
     with jax.enable_x64(True):  # where the direction to the goal is a matter of millimetres, float32 is too coarse
         features = rough_jit(jax.vmap(task.features))
         one, two = (np.asarray(features(jnp.asarray(values))) for values in (seen, other))
@@ -167,3 +174,98 @@ def test_what_is_held_stays_held(gravity: float) -> None:
     slip = held[:, 18:21] - held[:, 14:17]
     assert np.abs(held[-1, 18:21] - [0.5, -0.1, 0.3]).max() < 0.01
     assert np.abs(slip - slip[0]).max() < 5e-4
+
+
+# ---------------------------------------------------------------- robots with thrusters
+
+
+def test_legs_crush_by_what_the_fall_brings() -> None:
+    """m v2 / 2 at touch-down against the legs' four weights, less the one they carry: v from a thrustless fall of 2 m on the Moon."""
+    task = flyer.Landing(frames=40)
+    model = Scene(task).model
+    data = mujoco.MjData(model)
+    data.qpos[2] = 2.0
+    for _ in range(800):
+        mujoco.mj_step(model, data)
+    assert data.qpos[3] == pytest.approx(min(2.0 / 3, task.stroke), rel=0.05)  # here they are crushed to the stop
+    data = mujoco.MjData(model)
+    data.qpos[2] = 0.5
+    for _ in range(800):
+        mujoco.mj_step(model, data)
+    assert data.qpos[3] == pytest.approx(0.5 / 3, rel=0.1)
+
+
+# ---------------------------------------------------------------- worlds
+
+
+def test_named_worlds_are_worlds_with_a_source() -> None:
+    for name, each in worlds.PRESETS.items():
+        assert worlds.of(worlds.world(worlds.preset(name).values), next(iter(each.values))) == pytest.approx(
+            next(iter(each.values.values()))
+        )
+        assert len(each.source) > 10
+    with pytest.raises(BadInput, match="space_moon"):
+        worlds.preset("venus")
+
+
+def test_drawn_worlds_stay_in_their_ranges() -> None:
+    drawn = worlds.draw(np.random.default_rng(0), 2000, {"gravity": [1.0, 4.0], "friction": [0.1, 10.0, "log"]})
+    gravity, friction = worlds.of(drawn, "gravity"), worlds.of(drawn, "friction")
+    assert gravity.min() >= 1 and gravity.max() <= 4 and gravity.mean() == pytest.approx(2.5, abs=0.1)
+    assert np.median(friction) == pytest.approx(1.0, rel=0.15)
+    assert (worlds.of(drawn, "payload") == 1).all()
+    for wrong in (
+        {"gravity": [4, 1]},
+        {"gravity": [1]},
+        {"wind": [0, 1]},
+        {"friction": [0, 1, "log"]},
+        {"gravity": [0, 99]},
+        {"gravity": "1"},
+    ):
+        with pytest.raises(BadInput, match="world"):
+            worlds.draw(np.random.default_rng(0), 2, wrong)
+
+
+def told(seen: np.ndarray, frames: int = 200, **values: float) -> np.ndarray:
+    """What sensors of a push tell of a scene that stands still, `[frame, count, channel]`."""
+    sensors, answer = worlds.Sensors(np.arange(len(seen)) + 7), []
+    for _ in range(frames):
+        sensors = sensors.tell(seen, earth(len(seen), **values), TASKS["push"].observation, 20.0)
+        answer.append(sensors.told)
+    return np.array(answer)
+
+
+def test_faults_are_what_their_names_say() -> None:
+    channels = TASKS["push"].observation
+    goal = [index for index, each in enumerate(channels) if each.name.startswith("goal")]
+    read = [index for index in range(len(channels)) if index not in goal]
+    seen = np.full((20, len(channels)), 0.3)
+    assert (told(seen)[..., read] == 0.3).all()
+    noisy = told(seen, noise=2.0)
+    sigma = np.array([worlds.NOISE[each.units] for each in channels])
+    np.testing.assert_allclose((noisy - 0.3).std((0, 1))[read], 2 * sigma[read], rtol=0.08)
+    assert (noisy[..., goal] == 0.3).all()  # nobody measures a goal
+    np.testing.assert_allclose(told(seen, drift=0.01)[100, :, read], 0.3 * (1 + 0.01 * 5.0))
+    flipped = told(seen, flips=0.1)[..., read]
+    moved_by = np.abs(flipped - 0.3) / np.array([each.upper - each.lower for each in channels])[read]
+    assert (moved_by > 0).mean() == pytest.approx(0.1, abs=0.01)
+    assert moved_by.max() < 0.51
+    twice = told(seen, noise=1.0, dropout=0.3)[..., read]
+    assert (np.diff(twice, axis=0) == 0).mean() == pytest.approx(0.3, abs=0.02)
+    assert np.array_equal(told(seen, noise=1.0, flips=0.1)[:, 3:5], told(seen[:5], noise=1.0, flips=0.1)[:, 3:5])  # by seed alone
+
+
+def test_a_policy_sees_what_sensors_tell() -> None:
+    task = TASKS["arm_reach"]
+    start, world = task.draw(np.random.default_rng(0), 3, "narrow"), earth(3, noise=5.0, dropout=0.1)
+    given: list[np.ndarray] = []
+
+    def policy(_: int, seen: np.ndarray) -> np.ndarray:
+        given.append(seen.astype(np.float32))
+        return task.demonstrate(seen)
+
+    played = Scene(task).play(start, world, policy, 10)
+    assert np.array_equal(np.stack(given, 1), played.seen)
+    assert 1e-3 < np.abs(played.seen - played.observation)[..., :7].std() < 1e-2
+    again = Scene(task).replay(start, world, played.action)
+    assert np.array_equal(again.observation, played.observation)

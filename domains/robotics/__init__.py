@@ -1,1 +1,1 @@
-"""The robotics twin: demonstrations in, trajectories that hold in the simulator out."""
+"""The robotics twin: demonstrations in, simulator-verified trajectories of a robot out, and models fitted to real recordings."""

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mujoco
 import numpy as np
 
 from domains.robotics import lerobot, worlds
-from domains.robotics.episodes import Episode, Layout, check
+from domains.robotics.episodes import Episode, check, layout_of
 from domains.robotics.tasks import Played, Scene, Start, Task, reached, wobbling
 from twinsim.base import BadInput
 
@@ -49,12 +48,6 @@ def scripted(
     raise BadInput(f"demonstrations of {task.name}: expected {count} successes, the demonstrator came to {len(episodes)}; a gentler world?")
 
 
-def layout(task: Task, **told: Any) -> Layout:
-    """What all episodes of a task have in common."""
-    observation, action = tuple(task.observation), tuple(task.action)
-    return Layout(task.robot, task.sentence, task.rate, observation, action, mujoco=mujoco.__version__, **told)
-
-
 def successes(task: Task, played: Played, world: np.ndarray, seed: int = 0) -> list[Episode]:
     """The episodes that reached their goal, up to there."""
     length, done = reached(task, played.after)
@@ -72,7 +65,7 @@ def successes(task: Task, played: Played, world: np.ndarray, seed: int = 0) -> l
 
 def recorded(task: Task, path: str, licence: str = "not stated") -> Demonstrations:
     """Episodes from a LeRobot folder, or from an .npz with `obs` and `act` `[frame, channel]` and `length` `[episode]`. Raises BadInput."""
-    place, wanted = Path(path), layout(task)
+    place, wanted = Path(path), layout_of(task, "", 0, licence)
     episodes = lerobot.read(place, wanted)[1] if place.is_dir() else _arrays(place)
     check(wanted, episodes, path)
     files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())

@@ -6,6 +6,7 @@ window is drawn, its first steps are tracked in the simulator, and from what cam
 played again from what is kept of it, checked, and only what holds is delivered.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,7 @@ STOP = 0.01  # of a channel's range, by which a soft joint stop gives way
 DEEPEST = 1e-3  # m that bodies may be in each other: MuJoCo's contacts are soft
 KINDS = {"rad": "angles", "rad s-1": "turning speeds", "m": "places", "m s-1": "speeds", "1": "actions"}  # of channels, by their unit
 UNSEEN = 1e9  # scale of what no demonstration varies: a world beyond them looks to the generator like theirs, and only the feedback knows
-EXAM_SEED, EXAM = 10_007, 100  # of the held-out starts
+EXAM_SEED = 10_007  # of the held-out starts
 FORMATS = Literal["netcdf", "lerobot", "robomimic", "minari", "mcap", "mjcf"]
 
 
@@ -57,11 +58,13 @@ class MotionScenario(scenarios.Scenario):
     Attributes:
       starts: how many starts are drawn; every member plays each of them once.
       region: where they lie: "narrow", where demonstrations start, or "wide".
-      world: a named world, a preset of `worlds`; its figures may be changed by `parameters`.
+      world: a named world of `worlds.PRESETS`, "" for the scene's own; `parameters` change single figures of it.
+      formats: beside Zarr: "netcdf", and what trainers read.
     """
 
     starts: int = pydantic.Field(default=50, ge=1, le=100_000)
     region: Literal["narrow", "wide"] = "wide"
+    world: str = pydantic.Field(default="", max_length=100)
     parameters: dict[str, float] = pydantic.Field(default={}, max_length=32)
     formats: list[FORMATS] = []  # type: ignore[assignment]
 
@@ -74,6 +77,7 @@ class Motions:
       task: what is to be done.
       demonstrations: what is learnt from.
       window: control steps of a draw; `stride`: how many of them are carried out before the next is drawn.
+      exam_starts: wide starts of the held-out test.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Motions:
     demonstrations: Demonstrations
     window: int = 8
     stride: int = 4
+    exam_starts: int = 100
 
     Scenario: ClassVar[type[scenarios.Scenario]] = MotionScenario
 
@@ -110,8 +115,10 @@ class Motions:
         """What an answer holds of each episode; beyond its length it stands still."""
         channels = {each.name: Variable(("frame",), each.units, each.name.replace("_", " ")) for each in self.task.observation}
         actions = {each.name: Variable(("frame",), each.units, f"action: {each.name.replace('_', ' ')}") for each in self.task.action}
+        seen = {f"seen_{name}": dataclasses.replace(each, long_name=f"{each.long_name}, as sensed") for name, each in channels.items()}
         return {
             **channels,
+            **seen,
             **actions,
             "depth": Variable(("frame",), "m", "greatest depth of contact"),
             "gain": Variable(("frame",), "J", "energy gained beyond the work of the actuators"),
@@ -240,44 +247,48 @@ class Motions:
         outs = (
             shape((state_size,), jnp.uint32),
             shape((LATEST, act_size), jnp.float32),
+            shape((seen_size,), jnp.float32),
+            shape((seen_size,), jnp.float32),
             shape((stride, act_size), jnp.float32),
             shape((stride, seen_size), jnp.float32),
         )
+        first = jnp.asarray(condition["observation"])
+        faults = jax.random.bits(jax.random.fold_in(key, frames), (), jnp.uint32)  # the seed of what the sensors tell wrongly
+        sensed = called(self._sensed, shape((seen_size,), jnp.float32), first, faults, world)
 
         def unfinished(carry: tuple) -> Array:
-            number, _, _, _, _, _, kept = carry
+            number, *_, kept = carry
             return (number < frames // stride) & (kept < task.hold)
 
         def step(carry: tuple) -> tuple:
-            number, state, sent, seen, actions, after, kept = carry
-            window = propose({"observation": seen, "world": world}, jax.random.fold_in(key, number))
+            number, state, sent, before, sensed, actions, after, kept = carry
+            window = propose({"observation": sensed, "world": world}, jax.random.fold_in(key, number))
             ways = jnp.stack([window[each.name] for each in task.planned], -1)[:stride]
-            state, sent, acted, then = called(self._advance, outs, state, sent, ways, start, world)
+            memory = (state, sent, before, faults, number * stride)
+            state, sent, before, sensed, acted, then = called(self._advance, outs, *memory, ways, start, world)
             actions = jax.lax.dynamic_update_slice(actions, acted, (number * stride, 0))
             after = jax.lax.dynamic_update_slice(after, then, (number * stride, 0))
             for frame in range(stride):
                 kept = jnp.where(kept >= task.hold, kept, jnp.where(task.off(then[frame]) <= 0, kept + 1, 0))
-            return number + 1, state, sent, then[-1], actions, after, kept
+            return number + 1, state, sent, before, sensed, actions, after, kept
 
         zero = jnp.zeros((), jnp.int32)
-        nothing = jnp.zeros((LATEST, act_size)), jnp.asarray(condition["observation"])
         buffers = jnp.zeros((frames, act_size)), jnp.zeros((frames, seen_size))
-        number, *_, actions, after, _ = jax.lax.while_loop(unfinished, step, (zero, state, *nothing, *buffers, zero))
+        began = zero, state, jnp.zeros((LATEST, act_size)), first, sensed, *buffers, zero
+        number, *_, actions, after, _ = jax.lax.while_loop(unfinished, step, began)
         wanted = (
-            shape((frames, seen_size), jnp.float32),
-            shape((frames,), jnp.float32),
-            shape((frames,), jnp.float32),
-            shape((), jnp.float32),
-            shape((), jnp.float32),
-            shape((), jnp.float32),
+            *[shape((frames, seen_size), jnp.float32)] * 2,
+            *[shape((frames,), jnp.float32)] * 2,
+            *[shape((), jnp.float32)] * 3,
         )
-        return self._as_sample(called(self._again, wanted, actions, after, number * stride, start, world), actions)
+        return self._as_sample(called(self._again, wanted, actions, after, number * stride, faults, start, world), actions)
 
     def _as_sample(self, told: Sequence[Array], action: Array) -> Sample:
         """The outcome of episodes from what `told` tells of them, the error of the replay, and the actions `[..., frame, channel]`."""
-        seen, depth, gain, length, success, error = told
+        was, seen, depth, gain, length, success, error = told
         return {
-            **{each.name: seen[..., index] for index, each in enumerate(self.task.observation)},
+            **{each.name: was[..., index] for index, each in enumerate(self.task.observation)},
+            **{f"seen_{each.name}": seen[..., index] for index, each in enumerate(self.task.observation)},
             **{each.name: action[..., index] for index, each in enumerate(self.task.action)},
             "depth": depth,
             "gain": gain,
@@ -290,49 +301,64 @@ class Motions:
         start, world, lead = _flat(start), _flat(world), np.shape(start)[:-1]
         return self._bits(self.scene.begin(start_from(self.task, start), world)).reshape(*lead, -1)
 
+    def _sensed(self, seen: np.ndarray, faults: np.ndarray, world: np.ndarray) -> np.ndarray:
+        """What sensors tell of the first observation."""
+        return self._told(worlds.Sensors(np.asarray(faults).reshape(-1)), _flat(seen), _flat(world)).reshape(np.shape(seen))
+
+    def _told(self, sensors: worlds.Sensors, seen: np.ndarray, world: np.ndarray) -> np.ndarray:
+        return np.asarray(sensors.tell(seen, world, self.task.observation, self.task.rate).told, np.float32)
+
     def _advance(
-        self, state: np.ndarray, sent: np.ndarray, ways: np.ndarray, start: np.ndarray, world: np.ndarray
+        self,
+        state: np.ndarray,
+        sent: np.ndarray,
+        before: np.ndarray,
+        faults: np.ndarray,
+        frame: np.ndarray,
+        ways: np.ndarray,
+        start: np.ndarray,
+        world: np.ndarray,
     ) -> tuple[np.ndarray, ...]:
-        lead = np.shape(start)[:-1]
+        """The state, the line, what was told last and what is told now, the actions and what came of them."""
+        lead, vector = np.shape(start)[:-1], _flat(world)
         ways = np.asarray(ways, np.float64).reshape(-1, *np.shape(ways)[-2:])
+        now = int(np.asarray(frame).flat[0])
+        seeds = np.asarray(faults).reshape(-1)
         after, line, played = self.scene.advance(
             _flat(state).view(np.float64),
             np.asarray(sent).reshape(-1, *np.shape(sent)[-2:]),
             start_from(self.task, _flat(start)),
-            _flat(world),
-            lambda frame, seen: self.task.track(ways[:, frame], seen),
+            vector,
+            lambda step, seen: self.task.track(ways[:, step], seen),
             self.stride,
+            worlds.Sensors(seeds, now, _flat(before)),
         )
-        parts = (self._bits(after), line, played.action, played.after)
+        last = played.seen[:, -1]
+        then = self._told(worlds.Sensors(seeds, now + self.stride, last), played.last, vector)
+        parts = (self._bits(after), line, last, then, played.action, played.after)
         return tuple(np.asarray(part).reshape((*lead, *part.shape[1:])) for part in parts)
 
     def _again(
-        self, actions: np.ndarray, after: np.ndarray, played: np.ndarray, start: np.ndarray, world: np.ndarray
+        self, actions: np.ndarray, after: np.ndarray, played: np.ndarray, faults: np.ndarray, start: np.ndarray, world: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        """Plays the actions again, and tells by how much what is then seen differs from what was seen the first time."""
+        """Plays the actions again, and tells by how much what then comes of them differs from what came of them the first time."""
         lead = np.shape(start)[:-1]
         actions, after = (np.asarray(part).reshape(-1, *np.shape(part)[-2:]) for part in (actions, after))
         last = np.asarray(played).reshape(-1)
-        answer = self.replayed(_flat(start), _flat(world), actions, int(last.max()))
-        there = np.arange(actions.shape[1])[None, :, None] < last[:, None, None]
-        same = np.concatenate([answer[0][:, 1:], answer[0][:, -1:]], 1)  # the last frame is not seen again
-        there[:, min(int(last.max()), actions.shape[1]) - 1 :] = False
-        error = np.abs(np.where(there, same - after, 0)).max((1, 2))
-        return tuple(np.asarray(part, np.float32).reshape((*lead, *part.shape[1:])) for part in (*answer, error))
-
-    def replayed(self, start: np.ndarray, world: np.ndarray, actions: np.ndarray, frames: int) -> tuple[np.ndarray, ...]:
-        """What comes of actions `[count, frame, channel]`: see `told`."""
-        played = self.scene.replay(start_from(self.task, start), world, actions[:, :frames])
-        return self.told(played)
+        sensors = worlds.Sensors(np.asarray(faults).reshape(-1))
+        again = self.scene.replay(start_from(self.task, _flat(start)), _flat(world), actions[:, : int(last.max())], sensors)
+        there = np.arange(int(last.max()))[None, :, None] < last[:, None, None]
+        error = np.abs(np.where(there, again.after - after[:, : int(last.max())], 0)).max((1, 2))
+        return tuple(np.asarray(part, np.float32).reshape((*lead, *part.shape[1:])) for part in (*self.told(again), error))
 
     def told(self, played: Played) -> tuple[np.ndarray, ...]:
-        """Observations, depth, gain, length and success of episodes, filled up to the frames of the task."""
+        """What was and what was sensed, depth, gain, length and success of episodes, filled up to the frames of the task."""
         length, success = reached(self.task, played.after)
         rest = self.task.frames - played.action.shape[1]
-        seen = np.concatenate([played.observation, np.repeat(played.last[:, None], rest, 1)], 1)
+        was, seen = (np.concatenate([part, np.repeat(played.last[:, None], rest, 1)], 1) for part in (played.observation, played.seen))
         depth, gain = (np.pad(part, ((0, 0), (0, rest))) for part in (played.depth, played.gain))
         length = np.where(success, length, self.task.frames)
-        return seen, depth, gain, length.astype(np.float32), success.astype(np.float32)
+        return was, seen, depth, gain, length.astype(np.float32), success.astype(np.float32)
 
     def as_sample(self, played: Played) -> Sample:
         """Episodes that were played, as the outcome that an answer holds, `[count, ...]`."""
@@ -354,10 +380,11 @@ class Motions:
     # ------------------------------------------------------------ questions
 
     def ask(self, scenario: MotionScenario, folder: Path) -> Question:
-        vector = worlds.world(scenario.parameters)
+        vector = worlds.world({**(worlds.preset(scenario.world).values if scenario.world else {}), **scenario.parameters})
         start = self.task.draw(np.random.default_rng(scenario.seed), scenario.starts, scenario.region)
         question = self.question(start, np.repeat(vector[None], scenario.starts, 0), scenario.members, scenario.title)
-        return question
+        notes = [f"The world {scenario.world}: {worlds.preset(scenario.world).source}."] if scenario.world else []
+        return dataclasses.replace(question, notes=notes)
 
     def question(self, start: Mapping[str, np.ndarray], world: np.ndarray, members: int, title: str, must: bool = True) -> Question:
         """Episodes from some starts in some worlds; where they `must` succeed, those that do not are drawn again."""
@@ -385,14 +412,14 @@ class Motions:
     @cached_property
     def held_out(self) -> tuple[dict[str, np.ndarray], np.ndarray, Played]:
         """Wide starts, their worlds and the demonstrator's own episodes from there, none of which was learnt from."""
-        start = self.task.draw(np.random.default_rng(EXAM_SEED), EXAM, "wide")
+        start = self.task.draw(np.random.default_rng(EXAM_SEED), self.exam_starts, "wide")
         start = start_from(self.task, start_of(self.task, start))
-        world = np.repeat(worlds.world()[None], EXAM, 0)
+        world = np.repeat(worlds.world()[None], self.exam_starts, 0)
         return start, world, self.scene.play(start, world, lambda _, seen: self.task.demonstrate(seen))
 
     def exam(self, members: int, most: int | None = None) -> tuple[Question, Sample]:
         start, world, played = self.held_out
-        count = min(EXAM, most or EXAM)
+        count = min(self.exam_starts, most or self.exam_starts)
         part = {name: values[:count] for name, values in start.items()}
         title = f"{self.name}: {count} wide starts that were not demonstrated"
         truth = {name: np.asarray(values)[:count] for name, values in self.as_sample(played).items()}
@@ -442,11 +469,10 @@ class Motions:
         return results.sections(self, asked, question, dataset, rules, evaluation)
 
     def episodes(self, samples: Sample, condition: Condition, seed: int = 0) -> list[Episode]:
-        """Those of an answer `[member, episode, ...]` that reach their goal and keep every rule, up to their goal."""
+        """Those of an answer `[member, episode, ...]` that reach their goal and keep every rule, up to it, as the sensors told them."""
         kept = self.holds(samples)
-        seen, action = (
-            np.stack([np.asarray(samples[each.name]) for each in channels], -1) for channels in (self.task.observation, self.task.action)
-        )
+        seen = np.stack([np.asarray(samples[f"seen_{each.name}"]) for each in self.task.observation], -1)
+        action = np.stack([np.asarray(samples[each.name]) for each in self.task.action], -1)
         length, world = np.asarray(samples["length"]).astype(int), np.asarray(condition["world"])
         return [
             Episode(

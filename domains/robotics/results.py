@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from domains.robotics import lerobot, mcap, minari, robomimic, sheet, worlds
-from domains.robotics.demonstrations import layout
+from domains.robotics.episodes import layout_of
 from twinsim import files
 from twinsim.base import BadInput, Question, Section
 
@@ -84,7 +84,7 @@ def write(domain: "Motions", asked: Any, question: Question, dataset: xr.Dataset
     samples = {name: values.values for name, values in dataset.data_vars.items()}
     episodes = domain.episodes({str(name): values for name, values in samples.items()}, question.condition, asked.seed)
     formats = set(asked.formats) - {"netcdf"}
-    told = layout(domain.task, generator="twinsim", seed=asked.seed, licence=domain.licence)
+    told = layout_of(domain.task, "twinsim", asked.seed, domain.licence)
     if formats & {"lerobot", "robomimic", "minari", "mcap"} and not episodes:
         raise BadInput(f"scenario {asked.title!r}: expected episodes that hold, to write as {', '.join(sorted(formats))}, none does")
     scene = domain.task.spec().to_xml()

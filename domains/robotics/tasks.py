@@ -126,7 +126,8 @@ class Played:
     """Episodes as they went, all equally long.
 
     Attributes:
-      observation: `[count, frame, channel]`, before each action; `last`: after the last, `[count, channel]`.
+      observation: `[count, frame, channel]`, before each action, as it was; `last`: after the last, `[count, channel]`.
+      seen: as the sensors told it to the policy, `[count, frame, channel]`.
       action: `[count, frame, channel]`.
       depth: how deep bodies were in each other, m, `[count, frame]`.
       gain: energy gained during each control step beyond the work of the actuators, J, `[count, frame]`.
@@ -134,6 +135,7 @@ class Played:
 
     observation: np.ndarray
     last: np.ndarray
+    seen: np.ndarray
     action: np.ndarray
     depth: np.ndarray
     gain: np.ndarray
@@ -177,12 +179,20 @@ class Scene:
         return stepper.state
 
     def advance(
-        self, state: np.ndarray, sent: np.ndarray, start: Start, world: np.ndarray, policy: Policy, frames: int
+        self,
+        state: np.ndarray,
+        sent: np.ndarray,
+        start: Start,
+        world: np.ndarray,
+        policy: Policy,
+        frames: int,
+        sensors: worlds.Sensors | None = None,
     ) -> tuple[np.ndarray, np.ndarray, Played]:
-        """Goes on for some frames from `state` with the policy in the loop.
+        """Goes on for some frames from `state` with the policy in the loop; motors follow their own encoders, which do not fail.
 
         Args:
           sent: the last actions before, `[count, LATEST, channel]`, which a slow line still has to carry out.
+          sensors: seeds of their faults, and what they told before; fresh ones with the copies' numbers as seeds by default.
 
         Returns:
           the state and the last actions after, and what was played.
@@ -191,7 +201,9 @@ class Scene:
         stepper.state = state
         count = stepper.count
         late = np.round(worlds.of(world, "latency")).astype(int)
+        sensors = worlds.Sensors(np.arange(count)) if sensors is None else sensors
         observed = np.zeros((count, frames + 1, len(task.observation)), np.float32)
+        told = np.zeros((count, frames, len(task.observation)), np.float32)
         line = np.concatenate([sent, np.zeros((count, frames, len(task.action)), np.float32)], 1).astype(np.float32)
         depth, gain = np.zeros((count, frames), np.float32), np.zeros((count, frames), np.float32)
         energy = stepper.read("energy").sum(1)
@@ -199,26 +211,32 @@ class Scene:
             seen = task.observe(stepper, start)
             observed[:, frame] = seen
             depth[:, frame] = self._depth(stepper)
-            line[:, LATEST + frame] = policy(frame, seen)
+            sensors = sensors.tell(seen, world, task.observation, task.rate)
+            assert sensors.told is not None
+            told[:, frame] = sensors.told
+            line[:, LATEST + frame] = policy(frame, sensors.told)
             due = line[np.arange(count), LATEST + frame - late].astype(np.float64)
             net, gross = stepper.work(task.control(seen, due), task.steps)
             before, energy = energy, stepper.read("energy").sum(1)
             gain[:, frame] = np.maximum(energy - before - net - SOFT - ROUNDING * gross, 0.0)
         observed[:, frames] = task.observe(stepper, start)
-        return stepper.state, line[:, frames:], Played(observed[:, :frames], observed[:, frames], line[:, LATEST:], depth, gain)
+        played = Played(observed[:, :frames], observed[:, frames], told, line[:, LATEST:], depth, gain)
+        return stepper.state, line[:, frames:], played
 
     def _depth(self, stepper: CStepper) -> np.ndarray:
         gaps = stepper.read("sensordata")[:, self._gaps] if len(self._gaps) else np.zeros((stepper.count, 1))
         return np.maximum(-gaps.min(1), 0.0)
 
-    def play(self, start: Start, world: np.ndarray, policy: Policy, frames: int | None = None) -> Played:
-        """Episodes from the start on."""
+    def play(
+        self, start: Start, world: np.ndarray, policy: Policy, frames: int | None = None, sensors: worlds.Sensors | None = None
+    ) -> Played:
+        """Episodes from the start on; `sensors` as in `advance`."""
         state, sent = self.begin(start, world), np.zeros((len(world), LATEST, len(self.task.action)), np.float32)
-        return self.advance(state, sent, start, world, policy, self.task.frames if frames is None else frames)[2]
+        return self.advance(state, sent, start, world, policy, self.task.frames if frames is None else frames, sensors)[2]
 
-    def replay(self, start: Start, world: np.ndarray, action: np.ndarray) -> Played:
+    def replay(self, start: Start, world: np.ndarray, action: np.ndarray, sensors: worlds.Sensors | None = None) -> Played:
         """Episodes from the start on with given actions `[count, frame, channel]`."""
-        return self.play(start, world, lambda frame, _: action[:, frame], action.shape[1])
+        return self.play(start, world, lambda frame, _: action[:, frame], action.shape[1], sensors)
 
     def positions(self, start: Start, world: np.ndarray, action: np.ndarray) -> np.ndarray:
         """Generalised positions before each of given actions `[count, frame, channel]`, `[count, frame, nq]`."""
