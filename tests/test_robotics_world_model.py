@@ -179,6 +179,26 @@ def test_simulator_imagines_what_then_happens():
         np.testing.assert_allclose(scene.replay(start, world, actions[:, sample]).after, told[:, sample], atol=1e-6)
 
 
+def test_what_is_pursued_is_what_the_sent_actions_come_to():
+    """Also where sensors fail, of which the planner is told the same as the record keeps."""
+    task = PlanarPush()
+    scene, planner = Scene(task), planning.Planner(horizon=3, stride=2, samples=4, iterations=1)
+    start = task.draw(np.random.default_rng(0), 2, "wide")
+    world = np.stack([worlds.world(), worlds.world({"noise": 2.0})])
+    real, told = planning.in_simulator(scene, start, world, 4), []
+
+    def imagine(state, seen, actions):
+        told.append(seen)
+        return real(state, seen, actions)
+
+    played = planning.pursue(planner, scene, start, world, imagine, planning.push_cost, 0, 5)
+    assert played.action.shape == (2, 5, 2) and played.seen.shape == played.observation.shape == (2, 5, 12)
+    again = scene.replay(start, world, played.action)
+    np.testing.assert_array_equal(again.after, played.after)
+    np.testing.assert_allclose(np.stack(told, 1), again.seen[:, ::2], atol=1e-5)
+    assert np.abs(again.seen[1] - again.observation[1]).max() > 1e-4
+
+
 def test_cost_is_least_where_the_puck_is_at_its_goal():
     seen = np.zeros((1, 3, 1, 12))
     seen[..., 6], seen[..., 10] = 0.4, 0.6

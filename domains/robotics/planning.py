@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from domains.robotics import worlds
 from domains.robotics.dynamics import bounds
 from domains.robotics.physics import CStepper
 from domains.robotics.tasks import LATEST, Played, Scene, Start
@@ -113,22 +114,27 @@ def _lasting(noise: np.random.Generator, shape: tuple[int, ...], lasting: float)
 def pursue(
     planner: Planner, scene: Scene, start: Start, world: np.ndarray, imagine: Imagine, cost: Cost, seed: int, frames: int | None = None
 ) -> Played:
-    """Episodes in the simulator, planned with `imagine` anew every `stride` control steps, each plan from the last one's rest."""
+    """Episodes in the simulator, planned with `imagine` anew every `stride` control steps, each plan from the last one's rest.
+
+    A plan sets out from what the sensors tell, or, where `imagine` goes by it, from the simulator's own state.
+    """
     task, noise, stride = scene.task, np.random.default_rng(seed), planner.stride
     frames = task.frames if frames is None else frames
     limits = bounds(task.action)
     state, sent = scene.begin(start, world), np.zeros((len(world), LATEST, len(task.action)), np.float32)
-    seen = task.observe(scene.stepper(world), start)
+    seen, sensors = task.observe(scene.stepper(world), start), worlds.Sensors(np.arange(len(world)))
     mean: np.ndarray | None = None
     parts: list[Played] = []
     for first in range(0, frames, stride):
-        found = plan(planner, imagine, cost, state, seen, limits, noise, mean)
+        told = sensors.tell(seen, world, task.observation, task.rate).told
+        assert told is not None
+        found = plan(planner, imagine, cost, state, told, limits, noise, mean)
         many = min(stride, frames - first)
-        state, sent, played = scene.advance(state, sent, start, world, lambda frame, _: found[:, frame], many)  # noqa: B023
+        state, sent, played = scene.advance(state, sent, start, world, lambda frame, _: found[:, frame], many, sensors)  # noqa: B023
         parts.append(played)
-        seen = played.last
+        seen, sensors = played.last, worlds.Sensors(sensors.seed, first + many, played.seen[:, -1])
         mean = np.concatenate([found[:, stride:], np.repeat(found[:, -1:], stride, 1)], 1)
-    names = ("observation", "action", "depth", "gain")
+    names = ("observation", "seen", "action", "depth", "gain")
     joined = {name: np.concatenate([getattr(part, name) for part in parts], 1) for name in names}
     return Played(**joined, last=parts[-1].last)
 
