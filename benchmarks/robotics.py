@@ -14,14 +14,16 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _results import ROOT, keep
+from _results import ROOT, keep, read, write_readme, yes
 
 from domains.robotics import worlds  # noqa: E402
 from domains.robotics.push import REACH  # noqa: E402
@@ -39,14 +41,20 @@ def main() -> int:
     parser.add_argument("--demos", default="10,25,50")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", default="real,jitter,mimic,oracle,paths")
+    parser.add_argument("--readme", action="store_true", help="show what was measured so far in README.md, measure nothing")
     parser.add_argument("words", nargs="*", help="overrides of the configuration")
     given = parser.parse_args()
+    if given.readme:
+        write_readme("results-robotics", table(read("robotics")))
+        return 0
     peer = given.shared / "peers" / "robotics" / "robotics_baseline.py"
     if "policy" in given.parts:
         if not peer.is_file():
             print(f"policy: skipped, there is no file {peer}")
         else:
             policy(given, peer.absolute())
+    if "thousand" in given.parts:
+        thousand(given)
     return 0
 
 
@@ -96,6 +104,56 @@ def propose(given: argparse.Namespace, file: Path, count: int, seed: int) -> Non
     puck, goal = (np.stack([np.asarray(start[f"{name}_{axis}"], np.float32) for axis in "xy"], -1) for name in ("puck", "goal"))
     print(f"N={count} seed {seed}: {samples['success'].mean():.2f} of {PROPOSALS} proposals succeed", flush=True)
     np.savez(out, puck=puck.astype(np.float64), goal=goal.astype(np.float64), tip=sent[:, :FRAMES].astype(np.float64))
+
+
+def thousand(given: argparse.Namespace) -> None:
+    """What 1,000 verified episodes cost, training included, with whatever programs JAX keeps compiled."""
+    out = given.out / "thousand"
+    shutil.rmtree(out, ignore_errors=True)
+    before, began = os.times(), time.perf_counter()
+    command = ["-c", "import sys; from twinsim.cli import main; sys.exit(main())", "run", "robotics/thousand_pushes", f"out={out}"]
+    subprocess.run([sys.executable, *command], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    after, wall = os.times(), time.perf_counter() - began
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    (run_folder,) = (out / "runs").iterdir()
+    with (run_folder / "lerobot" / "meta" / "info.json").open() as file:
+        info = json.load(file)
+    measured = {"episodes": info["total_episodes"], "frames": info["total_frames"], "cpu_s": round(spent), "wall_s": round(wall)}
+    print(json.dumps(measured))
+    keep("robotics", "thousand", measured)
+
+
+def table(measured: dict[str, Any]) -> list[str]:
+    """What was measured, as lines of README.md."""
+    lines = []
+    if "policy" in measured:
+        part = measured["policy"]
+        names = {"real": "alone", "jitter": "+ jitter", "mimic": "+ MimicGen-style", "paths": "+ twinsim", "oracle": "+ 100 new real"}
+        arms = [arm for arm in names if all(arm in each for each in part["by demonstrations"].values())]
+        lines += [
+            "",
+            f"Success of an unchanged behaviour-cloning policy on wide / narrow starts, mean of {part['seeds']} seeds, trained on N"
+            " demonstrations"
+            f" from narrow starts and {part['accepted']} synthetic episodes:",
+            "",
+            "| N | " + " | ".join(names[arm] for arm in arms) + " | yield of twinsim | gain over alone, wide | target, wide | reached |",
+            "| --- |" + " --- |" * (len(arms) + 4),
+        ]
+        for count, rows in part["by demonstrations"].items():
+            cells = [f"{rows[arm]['wide']:.2f} ± {rows[arm]['wide_sd']:.2f} / {rows[arm]['narrow']:.2f}" for arm in arms]
+            gain, target = rows["paths"]["wide_gain"], TARGETS[int(count)]
+            reached = rows["paths"]["wide"] >= target and rows["paths"]["narrow"] >= rows["real"]["narrow"]
+            more = [f"{rows['paths']['yield']:.1%}", f"{gain[0]:+.2f} [{gain[1]:.2f}, {gain[2]:.2f}]", f">= {target:.2f}", yes(reached)]
+            lines.append(f"| {count} | " + " | ".join([*cells, *more]) + " |")
+    if "thousand" in measured:
+        part = measured["thousand"]
+        fast = yes(part["wall_s"] < 300 and part["episodes"] >= 1000)
+        told = (
+            f"{part['episodes']} verified episodes of the push ({part['frames']} frames), from demonstrations to a LeRobot folder, training"
+        )
+        cost = f"{part['cpu_s']} CPU s, {part['wall_s']} s on two cores (target: 1,000 in 300 s, reached: {fast})"
+        lines += ["", f"{told} and report included: {cost}."]
+    return [*lines, ""]
 
 
 def told(rows: list[dict[str, Any]], arms: list[str]) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 import functools
 import sys
 import types
+from importlib import metadata
 
 import numpy as np
 import optax
 import pytest
 from omegaconf import OmegaConf
 
+import domains
 from twinsim.base import BadInput, Bounds, Variable
 from twinsim.build import build, config_hash, resolve
 from twinsim.mesh import Preempted
@@ -252,3 +254,14 @@ def test_a_part_that_was_asked_to_stop_says_so_itself(parts):
     parts.leaves = leaves
     with pytest.raises(Preempted, match="asked"):
         build({"_target_": f"{HERE}.Tree", "left": {"_target_": f"{HERE}.leaves"}})
+
+
+def test_a_package_that_an_extra_brings_is_named_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    for name in [name for name in sys.modules if name.startswith("domains.robotics")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(domains, "robotics", raising=False)
+    brought = [f'mujoco<5,>=3.17; extra == "{extra}"' for extra in ("dev", "robotics")]
+    monkeypatch.setattr(metadata, "requires", lambda _: brought)
+    with pytest.raises(BadInput, match=r"'mujoco', which is not installed: pip install 'twinsim\[robotics\]'"):
+        resolve("domains.robotics.push.PlanarPush", "domain")

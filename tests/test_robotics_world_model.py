@@ -1,5 +1,6 @@
 """World models and planning: linear systems are recovered, disagreement tells what is unknown, plans come to known optima."""
 
+import contextlib
 from functools import partial
 
 import jax
@@ -10,11 +11,11 @@ import pytest
 from building import built, rough_jit
 from flax import nnx
 
-from domains.robotics import dynamics, imagined, planning, push, push_view, worlds
+from domains.robotics import arm, dynamics, imagined, planning, push, push_view, worlds
 from domains.robotics.push import PlanarPush
-from domains.robotics.tasks import Scene
+from domains.robotics.tasks import Scene, reached
 from generators.world_model import Ensemble, Plain, Prediction, WorldModel, simnorm
-from twinsim import train
+from twinsim import cli, run, train
 from twinsim.base import BadInput, Example, Spec
 
 A, B = np.array([[0.9, 0.2], [-0.3, 0.8]], np.float32), np.array([[0.0], [0.5]], np.float32)
@@ -305,3 +306,35 @@ def test_questions_are_checked(small):
     ):
         with pytest.raises(BadInput, match=said):
             ask(**wrong)
+
+
+def test_any_task_can_be_learnt():
+    task = arm.ArmReach()
+    domain = dynamics.Dynamics("reach", task, dynamics.mixed(task, 3, 3), window=10)
+    statistics = domain.fit()
+    (example, *_), spec = domain.examples(statistics), domain.spec(statistics)
+    assert example.target.shape[1:] == (*spec.grid, spec.channels) and example.scalars.shape[1] == spec.scalars == len(task.observation)
+    np.testing.assert_allclose(example.target.std((0, 1)).max(), 1, atol=0.5)
+    question, truth = domain.exam(2)
+    tables = [
+        domain.score(draw(question.condition, 2, 0), truth, question.condition).table for draw in domain.baselines(statistics).values()
+    ]
+    assert all(table.keys() == tables[0].keys() for table in tables)
+
+
+@pytest.mark.slow
+def test_demonstrator_succeeds_in_the_model_as_it_does_in_the_simulator(tmp_path):
+    """And one plans in it, whose plans then succeed in the simulator; with a tenth of the episodes and of the training."""
+    words = ["domain=robotics/push_model", f"out={tmp_path}", "train.steps=400", "domain.record.count=60", "domain.record.held_out=6"]
+    with jax.numpy_rank_promotion("allow"):
+        model = run.training(run.resolve(cli._compose(words)), lambda name: contextlib.nullcontext(lambda *_: None))
+        stepper = imagined.trained(model.domain, model)
+        task, scene, many = stepper.task, stepper.domain.scene, 20
+        start, world = task.draw(np.random.default_rng(5), many, "wide"), np.repeat(worlds.world()[None], many, 0)
+        policy = lambda frame, seen: task.demonstrate(seen)  # noqa: E731
+        real, ours = (reached(task, each.play(start, world, policy).after)[1] for each in (scene, stepper))
+        assert real.mean() > 0.9 and abs(ours.mean() - real.mean()) < 0.15
+        planner = planning.Planner(samples=32, iterations=2)
+        part, few = {name: values[:5] for name, values in start.items()}, world[:5]
+        planned = planning.pursue(planner, scene, part, few, stepper.imagine, planning.push_cost, 0, 90)
+        assert reached(task, planned.after)[1].mean() >= 0.6

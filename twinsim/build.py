@@ -15,10 +15,12 @@ import math
 import numbers
 import os
 import pkgutil
+import re
 import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +29,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from packaging.requirements import Requirement
 
 from twinsim.base import BadInput
 
@@ -315,7 +318,17 @@ def _import(name: str, where: str) -> ModuleType | None:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             return None
-        raise BadInput(f"{where}: {name} needs the package {error.name!r}, which is not installed") from None
+        raise BadInput(f"{where}: {name} needs the package {error.name!r}, which is not installed{_how(str(error.name))}") from None
+
+
+def _how(package: str) -> str:
+    """The command that installs a package which an extra of twinsim brings; nothing where none does."""
+    try:
+        wanted = [Requirement(each) for each in metadata.requires("twinsim") or []]
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return ""
+    extras = re.findall(r"extra == ['\"](\w+)['\"]", " ".join(str(each.marker) for each in wanted if each.name == package))
+    return next((f": pip install 'twinsim[{extra}]'" for extra in extras if extra != "dev"), "")
 
 
 def _public(owner: Any) -> list[str]:

@@ -99,8 +99,8 @@ def arm_spec(name: str, rate: float, steps: int, gripper: bool, cube: bool) -> m
     spec.compiler.degree = False
     spec.option.timestep = 1 / (rate * steps)
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC  # with impratio, what is held does not creep out of the fingers
-    spec.option.impratio = 10
+    if cube:  # what is held does not creep out of the fingers; MJX 3.17 fails on such cones where nothing can touch
+        spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 10
     geom, world = mujoco.mjtGeom, spec.worldbody
     world.add_light(pos=[0.5, 0, 2])
     world.add_camera(name="side", pos=[1.5, -1.0, 1.0], xyaxes=[0.66, 0.75, 0, -0.42, 0.37, 0.83])
