@@ -1,7 +1,7 @@
 """Measures models of tosses calibrated from real ones: `make bench-robotics_tosses`.
 
 calibration: the contact of a cube is fitted to the first 370 of 470 recorded tosses and judged on the last 100, beside the peer's script,
-which fits a grid to 24 of the first 370 and is judged on the same 100. Three seeds of the search.
+which fits a grid to 24 of the first 370 and is judged on the same 100. Two seeds of the search.
 posterior: `twinsim run` learns p(contact | four tosses) from simulated tosses; its exam is on held-out simulated ones, beside the prior,
 a linear regression and rejection; then it is asked of the recorded tosses, 30 groups of four, for the mass of friction within 0.15 to 0.25.
 Writes `benchmarks/results/robotics_tosses.json` and, with --docs, the tables between the marker lines of docs/robotics.md.
@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("TWINSIM_SHARED", ROOT.parent / "shared")))
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench-tosses")
     parser.add_argument("--parts", default="calibration,posterior")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/robotics.md")
     given = parser.parse_args()
     file = given.shared / "data" / "robotics" / "contactnets_tosses_train.npz"
