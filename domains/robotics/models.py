@@ -317,6 +317,7 @@ source, target, memory, cpu = *sys.argv[1:3], *map(int, sys.argv[3:5])
 for limit, most in ((resource.RLIMIT_CPU, cpu), (resource.RLIMIT_FSIZE, memory), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, memory)):
     if limit != resource.RLIMIT_AS or sys.platform == "linux":
         resource.setrlimit(limit, (most, most))
+sys.path.insert(0, sys.argv[5])  # the same MuJoCo as that of the process that asked
 import mujoco
 try:
     mujoco.mj_saveModel(mujoco.MjModel.from_xml_path(source), target, None)
@@ -334,9 +335,10 @@ def _compiled(main: Path, found: Screened, limits: Limits) -> mujoco.MjModel:
             copy.write_bytes(data.replace(PACKAGE.encode(), b"") if name == main.name and found.form == "URDF" else data)
         source, target = Path(scratch) / "model" / main.name, Path(scratch) / "model.mjb"
         kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
+        words = [source, target, limits.memory, limits.cpu, Path(mujoco.__file__).parents[1]]
         try:
             done = subprocess.run(
-                [sys.executable, "-I", "-c", COMPILER, str(source), str(target), str(limits.memory), str(limits.cpu)],
+                [sys.executable, "-I", "-c", COMPILER, *map(str, words)],
                 cwd=scratch, env={**kept, "OPENBLAS_NUM_THREADS": "1"}, capture_output=True, text=True, errors="replace",
                 timeout=limits.wall, stdin=subprocess.DEVNULL,
             )  # fmt: skip

@@ -2,8 +2,8 @@
 
 A toss starts in the simulator at its first recorded frame and runs for as long as it was recorded, at a tenth of a frame a step. Contact
 follows MuJoCo's soft constraints (elliptic cones, Newton's solver): https://mujoco.readthedocs.io/en/stable/modeling.html#solver-parameters.
-What the recorder does is fitted with it, and can be left out: the unit of length that rests and free fall betray, velocities that are
-differences over the frame before and so half a frame late, a loss of spin by smoothing.
+What the recorder does to a first frame is measured where the cube flies freely: the unit of length, velocities that are differences over
+the frame before and so half a frame late, what smoothing takes from spin.
 
 Errors as Pfrommer, Halm & Posa (2021), "ContactNets", arXiv 2009.11193, judge theirs: over a whole toss from its start alone, of the
 position in % of the cube's width and of the orientation as an angle.
@@ -262,13 +262,70 @@ def no_motion(tosses: Tosses) -> Errors:
     return errors([np.repeat(state[:1, :7], len(state), 0) for state in tosses.states], tosses)
 
 
+# ---------------------------------------------------------------- what the recorder does
+
+CLEAR = 0.005  # m above the table: nearer, a corner may touch
+FLOWN = 6  # frames of free flight that tell something
+
+
+def recorder(tosses: Tosses) -> dict[str, float]:
+    """The RECORDER values of some tosses, from the frames before the first touch; defaults where no toss flies for long enough.
+
+    There z falls with the local g in recorded metres, the true velocities are those of a parabola through the positions, and a cube,
+    whose moments of inertia are all the same, keeps its angular velocity. No contact is looked at.
+    """
+    rows = []
+    for state in tosses.states:
+        frames = _flight(state, tosses.half_width)
+        if frames < FLOWN:
+            continue
+        time = np.arange(frames) / tosses.rate
+        fall = np.polyfit(time, state[:frames, 2], 2)
+        late = (state[:frames, 9] - np.polyval(np.polyder(fall), time)).mean()
+        along = state[0, 7:9] / max(float(np.linalg.norm(state[0, 7:9])), 1e-6)
+        speed = np.polyfit(time, state[:frames, :2] @ along, 1)[0]
+        settled = frames // 3  # smoothing has to find its way first
+        spin = rotation_vector(state[settled, 3:7], state[frames - 1, 3:7]) / (time[-1] - time[settled])
+        said = state[0, 10:13]
+        rows.append((frames**5, -2 * fall[0], late, speed, np.linalg.norm(state[0, 7:9]), spin @ said, said @ said))
+    if not rows:
+        return {name: about.default for name, about in RECORDER.items()}
+    weight, g, late, speed, said_speed, spin, said_spin = np.array(rows).T  # the variance of a parabola's curvature goes with frames^-5
+    local = np.average(g, weights=weight)
+    found = {
+        "length_scale": local / GRAVITY,
+        "lag": np.average(late, weights=weight) * tosses.rate / local,
+        "speed_gain": speed.sum() / max(said_speed.sum(), 1e-9),
+        "spin_gain": spin.sum() / max(said_spin.sum(), 1e-9),
+    }
+    return {name: float(np.clip(value, RECORDER[name].lower, RECORDER[name].upper)) for name, value in found.items()}
+
+
+def _flight(state: np.ndarray, half_width: float) -> int:
+    """Frames before the lowest corner is near the table."""
+    w, x, y, z = state[:, 3:7].T
+    upward = np.stack([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x**2 + y**2)])  # the vertical in the body
+    near = state[:, 2] - half_width * np.abs(upward).sum(0) < CLEAR
+    return int(np.argmax(near)) if near.any() else len(state)
+
+
+def rotation_vector(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Axis times angle, rad `[3]`, that turns orientation `p` into `q`, in the frame of the body."""
+    turn = np.array([p @ q, *(p[0] * q[1:] - q[0] * p[1:] - np.cross(p[1:], q[1:]))])
+    turn *= np.sign(turn[0]) or 1.0
+    size = np.linalg.norm(turn[1:])
+    return turn[1:] * (2 * np.arctan2(size, turn[0]) / size if size > 1e-9 else 2.0)
+
+
 # ---------------------------------------------------------------- the fit
 
-STARTS = {  # where the search begins: light plastic on a table
-    "friction": 0.2, "torsional": 5e-4, "rolling": 2e-5, "time_constant": 0.005, "impedance_least": 0.8, "lag": 0.5,
+STARTS = {  # where the search begins: a hard cube
+    "torsional": 1e-3, "rolling": 1e-5, "time_constant": 0.003, "damping_ratio": 1.1, "impedance_least": 0.4, "impedance_most": 0.9,
+    "impedance_width": 0.0015,
 }  # fmt: skip
-FITTED = ("friction", "torsional", "rolling", "time_constant", "damping_ratio", "impedance_least", "impedance_most", "impedance_width",
-          "length_scale", "lag", "speed_gain", "spin_gain")  # fmt: skip
+SCANNED = np.geomspace(0.04, 1.1, 21)  # frictions tried before the search, 18 % apart
+AROUND = 1.25  # the search keeps within this factor of the best of them: distances answer to friction before all else
+FITTED = tuple(CONTACT)
 RESAMPLED = 400  # times that tosses are drawn with replacement, for the intervals
 NEAR = 5  # of the points judged: their mean answers for a resample
 
@@ -279,7 +336,7 @@ class Fitted:
 
     Attributes:
       values: of all PARAMETERS. low, high: 90 % intervals of those that were fitted, from resampled tosses.
-      least: the mean position error over the tosses fitted to, % of the width, as the search went, `[generation]`.
+      least: of each generation, the least mean position error, % of the width; of few tosses at first, of more at the end.
       evaluations: how often those tosses were simulated.
     """
 
@@ -294,53 +351,76 @@ def fit(
     tosses: Tosses,
     names: Sequence[str] = FITTED,
     *,
-    evaluations: int = 400,
+    fixed: Mapping[str, float] | None = None,
+    evaluations: int = 300,
     batch: int = 120,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fitted:
-    """The values of the parameters `names` with the least mean position error, by CMA-ES; the others keep their defaults.
+    """The values of the parameters `names` with the least mean position error; the others are `fixed`, or keep their defaults.
 
-    Three quarters of the evaluations are made on at most `batch` tosses, evenly spaced, to come near; the rest on three times as many.
-    Intervals: of the points that the second part judged, the mean of the best few on tosses drawn with replacement, again and again; they
-    tell how far the data decide, with the model taken for true. Raises BadInput.
+    Friction is scanned first, alone; then CMA-ES moves all. Two thirds of the evaluations are made on at most `batch` tosses, evenly
+    spaced, to come near; the rest on three times as many, of which the best point is the answer.
+    Intervals: of the points that this second part judged, the mean of the best few on tosses drawn with replacement, again and again. They
+    tell how far the data decide among the points that were tried, with the model taken for true. Raises BadInput.
     """
     if unknown := [name for name in names if name not in PARAMETERS]:
         raise BadInput(f"calibrate tosses: expected parameters among {', '.join(PARAMETERS)}, got {unknown[0]}")
     if not names or len(set(names)) < len(names):
         raise BadInput("calibrate tosses: expected some parameters to fit, each once")
-    box = [PARAMETERS[name] for name in names]
-    to = np.array([np.log if each.log else float for each in box])
-    lower, upper = (np.array([f(value) for f, value in zip(to, bounds, strict=True)])
-                    for bounds in ([each.lower for each in box], [each.upper for each in box]))  # fmt: skip
-    middle = np.array([f(STARTS.get(name, DEFAULT[name])) for f, name in zip(to, names, strict=True)])
+    base = DEFAULT | dict(fixed or {})
+    base |= {name: STARTS.get(name, base[name]) for name in names}
+    few, many = (tosses.part(_spread(len(tosses.states), size)) for size in (batch, 3 * batch))
+    if "friction" in names:
+        scanned = [judge(few, base | {"friction": float(mu)}).position.mean() for mu in SCANNED]
+        base["friction"] = float(SCANNED[int(np.argmin(scanned))])
+    box = _Box(names, base)
     population = 4 + int(3 * np.log(len(names)))
-    state = cmaes.start(lower, upper, mean=np.clip(middle, lower, upper), sigma=0.1, population=population, seed=seed)
-
-    def physical(point: np.ndarray) -> dict[str, float]:
-        return {name: float(np.exp(x)) if each.log else float(x) for name, each, x in zip(names, box, point, strict=True)}
-
+    state = cmaes.start(box.lower, box.upper, mean=box.middle, sigma=0.1, population=population, seed=seed)
     total = max(2, evaluations // population)
-    early = (3 * total) // 4
-    few, many = (tosses.part(np.unique(np.linspace(0, len(tosses.states) - 1, min(n, len(tosses.states))).round().astype(int)))
-                 for n in (batch, 3 * batch))  # fmt: skip
+    early = min((2 * total) // 3, total - 1)
     least, judged = [], []
     for generation in range(total):
         points = cmaes.ask(state)
-        found = [judge(few if generation < early else many, DEFAULT | physical(point)).position for point in points]
+        found = [judge(few if generation < early else many, base | box.values(point)).position for point in points]
         state = cmaes.tell(state, np.array([each.mean() for each in found]))
         least.append(float(min(each.mean() for each in found)))
         if generation >= early:
             judged += list(zip(points, found, strict=True))
         progress(generation + 1, total)
     points, of_each = np.array([point for point, _ in judged]), np.array([found for _, found in judged])
-    draw = np.random.default_rng(seed)
+    best = points[int(np.argmin(of_each.mean(1)))]
     count = of_each.shape[1]
-    weights = draw.multinomial(count, np.full(count, 1 / count), size=RESAMPLED) / count
-    best = np.argsort(weights @ of_each.T, axis=1, kind="stable")[:, :NEAR]
-    low, high = np.quantile(points[best].mean(1), [0.05, 0.95], axis=0)
-    values = DEFAULT | physical(cmaes.centre(state))
-    return Fitted(values, physical(low), physical(high), tuple(least), total * population)
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLED) / count
+    near = np.argsort(weights @ of_each.T, axis=1, kind="stable")[:, :NEAR]
+    low, high = np.quantile(points[near].mean(1), [0.05, 0.95], axis=0)
+    low, high = np.minimum(low, best), np.maximum(high, best)
+    return Fitted(base | box.values(best), box.values(low), box.values(high), tuple(least), total * population)
+
+
+def _spread(count: int, size: int) -> np.ndarray:
+    """At most `size` of `count` rows, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(size, count)).round().astype(int))
+
+
+class _Box:
+    """The box of a search and what its points mean: parameters, some of them by their logarithm."""
+
+    def __init__(self, names: Sequence[str], base: Mapping[str, float]):
+        self.names = names
+        self.log = np.array([PARAMETERS[name].log for name in names])
+        bounds = {name: (PARAMETERS[name].lower, PARAMETERS[name].upper) for name in names}
+        if "friction" in bounds:
+            bounds["friction"] = (base["friction"] / AROUND, base["friction"] * AROUND)
+        self.lower, self.upper = (self._scaled([bounds[name][end] for name in names]) for end in (0, 1))
+        self.middle = np.clip(self._scaled([base[name] for name in names]), self.lower, self.upper)
+
+    def _scaled(self, values: Sequence[float]) -> np.ndarray:
+        given = np.asarray(values, float)
+        return np.where(self.log, np.log(np.where(self.log, given, 1.0)), given)
+
+    def values(self, point: np.ndarray) -> dict[str, float]:
+        return {name: float(np.exp(x)) if log else float(x) for name, log, x in zip(self.names, self.log, point, strict=True)}
 
 
 # ---------------------------------------------------------------- the verb
@@ -353,12 +433,14 @@ def calibrate_files(
     tosses: str,
     judged: int = 100,
     fit_to: Sequence[str] = FITTED,
-    evaluations: int = 400,
+    correct: bool = True,
+    evaluations: int = 300,
     batch: int = 120,
     seed: int = 0,
 ) -> list[str]:
     """Fits the contact of a cube to the recorded tosses of a file, all but the last `judged`, and judges it on these; returns lines.
 
+    With `correct`, what the recorder does to a first frame is measured on the same tosses and made good; else recordings are taken as is.
     Written into `folder`: fit.json (parameters, intervals, errors beside those of defaults, of the published friction and of no motion),
     errors.csv (of each judged toss), contact.xml (the cube and the plane as MJCF), tosses.svg (some judged tosses). Raises BadInput.
     """
@@ -367,7 +449,8 @@ def calibrate_files(
     if not 1 <= judged < count:
         raise BadInput(f"{tosses}: expected to judge by 1 to {count - 1} of its {count} tosses, got judged={judged}")
     seen, unseen = recorded.part(slice(0, count - judged)), recorded.part(slice(count - judged, None))
-    found = fit(seen, fit_to, evaluations=evaluations, batch=batch, seed=seed, progress=progress)
+    fixed = recorder(seen) if correct else {}
+    found = fit(seen, fit_to, fixed=fixed, evaluations=evaluations, batch=batch, seed=seed, progress=progress)
     scores = {"fitted": judge(unseen, found.values), "no motion": no_motion(unseen), "default": judge(unseen, DEFAULT)}
     if np.isfinite(recorded.published):
         scores["published friction"] = judge(unseen, DEFAULT | {"friction": recorded.published})
