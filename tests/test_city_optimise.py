@@ -236,7 +236,7 @@ def test_the_command_writes_the_optimum(files: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "optimise: expected one of city, or a YAML file"),
+        ([], "optimise: expected one of city, robotics, or a YAML file"),
         (["city", "network=NET"], "expected network= and demand= together"),
         (
             ["city", "tolls.where=rods"],

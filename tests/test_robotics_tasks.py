@@ -10,7 +10,7 @@ import pytest
 from building import rough_jit
 
 from domains.robotics import arm, flyer, tasks, worlds
-from domains.robotics.physics import compiled
+from domains.robotics.physics import CStepper, compiled
 from domains.robotics.push import PlanarPush
 from domains.robotics.tasks import Scene
 from twinsim.base import BadInput
@@ -134,6 +134,20 @@ def test_starts_are_checked(played: Any) -> None:
     far = next(name for name in start if name.startswith("goal"))
     with pytest.raises(BadInput, match="expected"):
         task.place({**start, far: np.full(COUNT, 50.0)})
+
+
+def test_copies_and_threads_do_not_matter(played: Any) -> None:
+    task, scene, start, _ = played
+    position = task.place(start)
+    control = np.random.default_rng(2).uniform(-0.1, 0.1, (COUNT, scene.model.nu)) + position[:, : scene.model.nu]
+    found = []
+    for some, threads in ((slice(0, COUNT), 1), (slice(0, COUNT), 2), (slice(5, 6), 1)):
+        stepper = CStepper(scene.model, len(position[some]), threads=threads)
+        stepper.place(position[some])
+        stepper.step(control[some], 60)
+        found.append(stepper.state)
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0][5:6], found[2])
 
 
 # ---------------------------------------------------------------- the arm

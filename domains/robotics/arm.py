@@ -40,35 +40,59 @@ PEG = 0.02  # m, radius
 LOWEST = 0.015  # m above the table, of the tool
 
 
+@dataclass(frozen=True)
+class Build:
+    """What may be built otherwise, each relative to the arm as it is.
+
+    Attributes:
+      upper, fore: length of the upper arm and of the forearm; they weigh by length.
+      stiffness, lag: of the joints' controllers.
+      gear: reduction of the motors: torque grows with it, inertia of rotors and drag of back-EMF with its square.
+    """
+
+    upper: float = 1.0
+    fore: float = 1.0
+    stiffness: float = 1.0
+    lag: float = 1.0
+    gear: float = 1.0
+
+    @property
+    def offset(self) -> np.ndarray:
+        """As OFFSET, m."""
+        scale = np.ones((len(OFFSET), 1))
+        scale[2], scale[4] = self.upper, self.fore
+        return np.where(np.eye(3)[2] > 0, OFFSET * scale, OFFSET)  # elbows stay as wide as they are
+
+
 # ---------------------------------------------------------------- kinematics
 
 
-def _chain(joints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _chain(joints: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Place of the tool `[count, 3]`, its rotation `[count, 3, 3]`, and of all joints their places and axes `[count, joint, 3]`."""
     count = len(joints)
     place, turn = np.zeros((count, 3)), np.tile(np.eye(3), (count, 1, 1))
     places, axes = np.zeros((count, JOINTS, 3)), np.zeros((count, JOINTS, 3))
     for joint in range(JOINTS):
-        place = place + np.einsum("nij,j->ni", turn, OFFSET[joint])
+        place = place + np.einsum("nij,j->ni", turn, offset[joint])
         places[:, joint], axes[:, joint] = place, np.einsum("nij,j->ni", turn, AXIS[joint])
         k = np.cross(np.eye(3), AXIS[joint])  # Rodrigues: R = I + sin K + (1 - cos) K K
         sine, cosine = np.sin(joints[:, joint])[:, None, None], np.cos(joints[:, joint])[:, None, None]
         turn = np.einsum("nij,njk->nik", turn, np.eye(3) + sine * k + (1 - cosine) * (k @ k))
-    return place + np.einsum("nij,j->ni", turn, OFFSET[JOINTS]), turn, places, axes
+    return place + np.einsum("nij,j->ni", turn, offset[JOINTS]), turn, places, axes
 
 
-def tool(joints: np.ndarray) -> np.ndarray:
+def tool(joints: np.ndarray, offset: np.ndarray = OFFSET) -> np.ndarray:
     """Where the tool is, m, `[count, 3]`, for joint angles `[count, 7]`, rad."""
-    return _chain(joints)[0]
+    return _chain(joints, offset)[0]
 
 
-def jacobian(joints: np.ndarray) -> np.ndarray:
+def jacobian(joints: np.ndarray, offset: np.ndarray = OFFSET) -> np.ndarray:
     """Velocity of the tool, m/s, and its rotation, rad/s, for the speed of each joint: `[count, 6, 7]`."""
-    place, _, places, axes = _chain(joints)
+    place, _, places, axes = _chain(joints, offset)
     return np.concatenate([np.cross(axes, place[:, None] - places), axes], 2).swapaxes(1, 2)
 
 
-def joints_at(place: np.ndarray, near: np.ndarray | None = None, rounds: int = 40) -> np.ndarray:
+def joints_at(place: np.ndarray, near: np.ndarray | None = None, rounds: int = 40, offset: np.ndarray = OFFSET) -> np.ndarray:
     """Joint angles, rad, `[count, 7]`, that bring the tool to `place`, m, `[count, 3]`, looking down, or as near as it gets.
 
     Damped least squares (Wampler 1986, IEEE Trans. SMC 16:93), the arm's spare freedom drawn towards REST.
@@ -78,7 +102,7 @@ def joints_at(place: np.ndarray, near: np.ndarray | None = None, rounds: int = 4
     """
     joints = np.repeat(REST[None], len(place), 0) if near is None else np.clip(near, LOWER, UPPER)
     for _ in range(rounds):
-        at, turn, places, axes = _chain(joints)
+        at, turn, places, axes = _chain(joints, offset)
         tilt = 0.5 * np.cross(turn.swapaxes(1, 2), np.eye(3)).sum(1)  # axis times sine of the angle back to upright
         error = np.concatenate([np.clip(place - at, -0.1, 0.1), tilt], 1)
         j = np.concatenate([np.cross(axes, at[:, None] - places), axes], 2).swapaxes(1, 2)
@@ -92,9 +116,9 @@ def joints_at(place: np.ndarray, near: np.ndarray | None = None, rounds: int = 4
 # ---------------------------------------------------------------- scene
 
 
-def arm_spec(name: str, rate: float, steps: int, gripper: bool, cube: bool) -> mujoco.MjSpec:
+def arm_spec(name: str, rate: float, steps: int, gripper: bool, cube: bool, build: Build) -> mujoco.MjSpec:
     """The arm at the edge of a table, with a gripper or a peg; and a cube. The arm carries its own weight, as such arms do."""
-    spec = mujoco.MjSpec()
+    spec, offset = mujoco.MjSpec(), build.offset
     spec.modelname = name
     spec.compiler.degree = False
     spec.option.timestep = 1 / (rate * steps)
@@ -108,23 +132,25 @@ def arm_spec(name: str, rate: float, steps: int, gripper: bool, cube: bool) -> m
     plain = {"contype": 0, "conaffinity": 0}
     world.add_geom(name="table", type=geom.mjGEOM_PLANE, size=[1, 1, 0.1], rgba=[0.8, 0.8, 0.8, 1], friction=[0.4, 0.005, 1e-4], **touching)
     world.add_site(name="goal", pos=[0.5, 0, 0.2], size=[0.02] * 3, rgba=[0, 0.6, 0.3, 0.6])
+    mass = np.array(MASS) * np.array([1, build.upper, 1, build.fore, 1, 1, 1])
     body = world
     for joint in range(JOINTS):
-        body = body.add_body(name=f"link{joint + 1}", pos=OFFSET[joint], gravcomp=1)
+        body = body.add_body(name=f"link{joint + 1}", pos=offset[joint], gravcomp=1)
         body.add_joint(
             name=f"joint{joint + 1}",
             axis=AXIS[joint],
             range=[LOWER[joint], UPPER[joint]],
             limited=True,
-            armature=0.1,
-            damping=[1.0, 0, 0],
+            armature=0.1 * build.gear**2,
+            damping=[1.0 * build.gear**2, 0, 0],
         )
-        end = OFFSET[joint + 1] if joint < JOINTS - 1 else np.array([0, 0, -0.1])
+        end = offset[joint + 1] if joint < JOINTS - 1 else np.array([0, 0, -0.1])
         end = end if end.any() else np.array([0, 0, 0.06])
-        body.add_geom(type=geom.mjGEOM_CAPSULE, fromto=[0, 0, 0, *end], size=[0.045, 0, 0], mass=MASS[joint], **plain)
+        body.add_geom(type=geom.mjGEOM_CAPSULE, fromto=[0, 0, 0, *end], size=[0.045, 0, 0], mass=mass[joint], **plain)
         motor = spec.add_actuator(name=f"joint{joint + 1}", target=f"joint{joint + 1}", trntype=mujoco.mjtTrn.mjTRN_JOINT)
-        motor.set_to_position(kp=STIFFNESS[joint], kv=STIFFNESS[joint] * LAG)
-        motor.forcelimited, motor.forcerange = True, [-TORQUE[joint], TORQUE[joint]]
+        stiffness, torque = STIFFNESS[joint] * build.stiffness, TORQUE[joint] * build.gear
+        motor.set_to_position(kp=stiffness, kv=stiffness * LAG * build.lag)
+        motor.forcelimited, motor.forcerange = True, [-torque, torque]
         motor.ctrllimited, motor.ctrlrange = True, [LOWER[joint], UPPER[joint]]
     touches = ["table"]
     if gripper:
@@ -217,11 +243,11 @@ def _given(start: Start, thing: str, axes: str) -> np.ndarray:
     return np.stack([np.atleast_1d(np.asarray(start[f"{thing}_{axis}"], np.float64)) for axis in axes], -1)
 
 
-def _checked(task: str, thing: str, place: np.ndarray) -> None:
+def _checked(task: str, thing: str, place: np.ndarray, offset: np.ndarray) -> None:
     """Raises BadInput where the tool cannot be brought to places `[count, 3]`."""
     if not np.isfinite(place).all():
         raise BadInput(f"{task}: {thing}: expected finite metres, got {place[~np.isfinite(place).all(1)][0]}")
-    missed = np.linalg.norm(tool(joints_at(place)) - place, axis=1)
+    missed = np.linalg.norm(tool(joints_at(place, offset=offset), offset) - place, axis=1)
     if (missed > 0.005).any():
         worst = int(missed.argmax())
         raise BadInput(
@@ -237,9 +263,9 @@ def _drawn(task: str, noise: np.random.Generator, count: int, region: str, regio
     return noise.uniform(lower, upper, (count, len(names)))
 
 
-def _command(joints: np.ndarray, place: np.ndarray) -> np.ndarray:
+def _command(joints: np.ndarray, place: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """Joint angles to tell the motors, rad; never so far off that joints race where the arm is stretched out."""
-    wanted = joints_at(np.concatenate([place[:, :2], np.maximum(place[:, 2:], LOWEST)], 1), joints, rounds=3)
+    wanted = joints_at(np.concatenate([place[:, :2], np.maximum(place[:, 2:], LOWEST)], 1), joints, 3, offset)
     return joints + np.clip(wanted - joints, -HASTE, HASTE)
 
 
@@ -288,6 +314,7 @@ class ArmReach:
     steps: int = 20
     frames: int = 80
     hold: int = 5
+    build: Build = Build()
     observation: Sequence[Channel] = (*_joint_channels(), *_place_channels("tool"), *_place_channels("goal"))
     action: Sequence[Channel] = _moves("xyz")
     planned: Sequence[Channel] = _place_channels("way")
@@ -301,15 +328,15 @@ class ArmReach:
     tolerance: ClassVar[float] = 0.02  # m
 
     def spec(self) -> mujoco.MjSpec:
-        return arm_spec(self.name, self.rate, self.steps, gripper=False, cube=False)
+        return arm_spec(self.name, self.rate, self.steps, gripper=False, cube=False, build=self.build)
 
     def draw(self, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
         return dict(zip(self.start, _drawn(self.name, noise, count, region, self.regions, list(self.start)).T, strict=True))
 
     def place(self, start: Start) -> np.ndarray:
         for thing in ("tool", "goal"):
-            _checked(self.name, thing, _given(start, thing, "xyz"))
-        return joints_at(_given(start, "tool", "xyz"))
+            _checked(self.name, thing, _given(start, thing, "xyz"), self.build.offset)
+        return joints_at(_given(start, "tool", "xyz"), offset=self.build.offset)
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         return worlds.fields(model, world, self.handled)
@@ -319,11 +346,11 @@ class ArmReach:
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         goal = np.broadcast_to(_given(start, "goal", "xyz"), (stepper.count, 3))
-        return np.concatenate([stepper.position, stepper.velocity, tool(stepper.position), goal], 1)
+        return np.concatenate([stepper.position, stepper.velocity, tool(stepper.position, self.build.offset), goal], 1)
 
     def control(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         joints = observation[:, :JOINTS]
-        return _command(joints, tool(joints) + REACH * np.clip(action, -1, 1))
+        return _command(joints, tool(joints, self.build.offset) + REACH * np.clip(action, -1, 1), self.build.offset)
 
     def demonstrate(self, observation: np.ndarray) -> np.ndarray:
         return _at_most_one((observation[:, 17:20] - observation[:, 14:17]) / 0.05)
@@ -374,6 +401,7 @@ class ArmPush:
     steps: int = 20
     frames: int = 160
     hold: int = 5
+    build: Build = Build()
     observation: Sequence[Channel] = (
         *_joint_channels(),
         *_place_channels("tool"),
@@ -398,7 +426,7 @@ class ArmPush:
     tolerance: ClassVar[float] = 0.04  # m
 
     def spec(self) -> mujoco.MjSpec:
-        return arm_spec(self.name, self.rate, self.steps, gripper=False, cube=True)
+        return arm_spec(self.name, self.rate, self.steps, gripper=False, cube=True, build=self.build)
 
     def draw(self, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
         found = np.zeros((0, 4))
@@ -411,13 +439,15 @@ class ArmPush:
     def place(self, start: Start) -> np.ndarray:
         cube, goal = (np.insert(_given(start, thing, "xy"), 2, self.home[2], 1) for thing in ("cube", "goal"))
         for thing, place in (("cube", cube), ("goal", goal)):
-            _checked(self.name, thing, place)
+            _checked(self.name, thing, place, self.build.offset)
         apart = np.hypot(cube[:, 0] - self.home[0], cube[:, 1] - self.home[1])
         least = PEG + CUBE * np.sqrt(2)
         if (apart < least).any():
             worst = cube[apart.argmin(), :2].round(3).tolist()
             raise BadInput(f"{self.name}: cube at {worst} m: expected {least:.3f} m or more from the peg at {list(self.home[:2])}")
-        return np.concatenate([np.repeat(joints_at(np.array([self.home])), len(cube), 0), _cube_at(cube[:, :2])], 1)
+        return np.concatenate(
+            [np.repeat(joints_at(np.array([self.home]), offset=self.build.offset), len(cube), 0), _cube_at(cube[:, :2])], 1
+        )
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         return worlds.fields(model, world, self.handled)
@@ -432,14 +462,16 @@ class ArmPush:
         w, x, y, z = cube[:, 3:].T
         heading = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y**2 + z**2))
         speed = velocity[:, JOINTS : JOINTS + 3]
-        return np.concatenate([joints, velocity[:, :JOINTS], tool(joints), cube[:, :3], heading[:, None], speed, goal], 1)
+        return np.concatenate(
+            [joints, velocity[:, :JOINTS], tool(joints, self.build.offset), cube[:, :3], heading[:, None], speed, goal], 1
+        )
 
     def control(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         joints = observation[:, :JOINTS]
-        place = tool(joints)
+        place = tool(joints, self.build.offset)
         place[:, :2] += REACH * np.clip(action, -1, 1)
         place[:, 2] = self.home[2]
-        return _command(joints, place)
+        return _command(joints, place, self.build.offset)
 
     def demonstrate(self, observation: np.ndarray) -> np.ndarray:
         """Goes round the cube until behind it, then pushes it home, and looks again at every step."""
@@ -523,6 +555,7 @@ class ArmPick:
     steps: int = 20
     frames: int = 160
     hold: int = 5
+    build: Build = Build()
     observation: Sequence[Channel] = (
         *_joint_channels(),
         *_place_channels("tool"),
@@ -544,7 +577,7 @@ class ArmPick:
     tolerance: ClassVar[float] = 0.025  # m
 
     def spec(self) -> mujoco.MjSpec:
-        return arm_spec(self.name, self.rate, self.steps, gripper=True, cube=True)
+        return arm_spec(self.name, self.rate, self.steps, gripper=True, cube=True, build=self.build)
 
     def draw(self, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
         return dict(zip(self.start, _drawn(self.name, noise, count, region, self.regions, list(self.start)).T, strict=True))
@@ -552,10 +585,10 @@ class ArmPick:
     def place(self, start: Start) -> np.ndarray:
         cube, goal = np.insert(_given(start, "cube", "xy"), 2, CUBE, 1), _given(start, "goal", "xyz")
         for thing, place in (("cube", cube), ("goal", goal)):
-            _checked(self.name, thing, place)
+            _checked(self.name, thing, place, self.build.offset)
         if (goal[:, 2] < CUBE).any():
             raise BadInput(f"{self.name}: goal_z {goal[:, 2].min():.3f} m: expected {CUBE} m or more, the cube lies on the table there")
-        joints = np.repeat(joints_at(np.array([self.home])), len(cube), 0)
+        joints = np.repeat(joints_at(np.array([self.home]), offset=self.build.offset), len(cube), 0)
         return np.concatenate([joints, np.full((len(cube), 2), FINGER), _cube_at(cube[:, :2])], 1)
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
@@ -568,12 +601,12 @@ class ArmPick:
         position, velocity = stepper.position, stepper.velocity
         goal = np.broadcast_to(_given(start, "goal", "xyz"), (stepper.count, 3))
         joints, opening, cube = position[:, :7], position[:, 7:9].sum(1, keepdims=True), position[:, 9:12]
-        return np.concatenate([joints, velocity[:, :7], tool(joints), opening, cube, velocity[:, 9:12], goal], 1)
+        return np.concatenate([joints, velocity[:, :7], tool(joints, self.build.offset), opening, cube, velocity[:, 9:12], goal], 1)
 
     def control(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         joints, action = observation[:, :JOINTS], np.clip(action, -1, 1)
         fingers = np.repeat(0.5 * FINGER * (1 + action[:, 3:]), 2, 1)
-        return np.concatenate([_command(joints, tool(joints) + REACH * action[:, :3]), fingers], 1)
+        return np.concatenate([_command(joints, tool(joints, self.build.offset) + REACH * action[:, :3], self.build.offset), fingers], 1)
 
     def demonstrate(self, observation: np.ndarray) -> np.ndarray:
         """Comes down on the cube as into a funnel, closes the fingers on it, and carries it to the goal."""
