@@ -340,7 +340,7 @@ def test_the_command_takes_a_yaml_file(files: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "calibrate: expected one of city, or a YAML file"),
+        ([], "calibrate: expected one of city, tosses, or a YAML file"),
         (["cty"], "no calibrate is called cty, did you mean city?"),
         (["city"], "config: counts, network: expected a value, got none; give it as counts=VALUE"),
         (["city", "netwrk=x"], "no value is called netwrk, did you mean network?"),
