@@ -53,7 +53,7 @@ bench-%: benchmarks/%.py $(READY)
 
 docs: $(READY) ## the pages of docs/ and the reference of every module, in site/
 	$(BIN)/properdocs build --quiet --clean --site-dir site
-	$(BIN)/pdoc --docformat google --output-directory site/api twinsim domains generators
+	MUJOCO_GL=disabled $(BIN)/pdoc --docformat google --output-directory site/api twinsim domains generators
 	@echo "open site/index.html"
 
 # pinned and hashed, without the address of any registry; needs uv
