@@ -28,7 +28,7 @@ TRIMMED = {  # what one year or two show of a domain, four years show no better
     "city/loops": ["domain.factors=6", "domain.modes=4"],
     **{
         f"robotics/{name}": ["domain.demonstrations.count=4", "domain.exam_starts=6"]
-        for name in ("push", "arm_push", "pick", "reach", "inspect", "landing")
+        for name in ("push", "arm_push", "pick", "reach", "inspect", "landing", "walk")
     },
     "robotics/tosses": ["domain.groups=60", "domain.tested=12", "domain.components=6"],
     "robotics/push_model": ["domain.record.count=6", "domain.record.held_out=6"],

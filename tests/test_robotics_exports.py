@@ -17,7 +17,7 @@ mujoco = pytest.importorskip("mujoco", reason="pip install 'twinsim[robotics]'")
 from domains.robotics import lerobot, mcap, minari, robomimic, sheet, video  # noqa: E402
 from domains.robotics.episodes import SYNTHETIC, Episode, Layout, check, check_same_robot, layout_of, transitions  # noqa: E402
 from domains.robotics.push import PlanarPush  # noqa: E402
-from domains.robotics.tasks import Channel  # noqa: E402
+from domains.robotics.tasks import Channel, Scene  # noqa: E402
 from twinsim.base import BadInput  # noqa: E402
 
 SHARED = Path(os.environ.get("TWINSIM_SHARED", Path(__file__).parents[2] / "shared"))
@@ -447,7 +447,7 @@ def test_a_damaged_folder_is_answered_by_a_sentence(spoil: Any, sentence: str, t
 
 def moving(count: int = 5) -> tuple[Any, np.ndarray]:
     """The push with the puck going right, the goal and the arm out of its way."""
-    model = sheet.marked(PlanarPush().spec().compile(), {"goal_x": 0.5, "goal_y": -0.3})
+    model = Scene(PlanarPush()).marked({"goal_x": 0.5, "goal_y": -0.3})
     positions = np.zeros((count, model.nq))
     positions[:, 0] = 1.5
     positions[:, 2] = np.linspace(0.3, 0.6, count)
@@ -492,10 +492,19 @@ def test_without_a_gl_library_it_is_drawn_and_told(monkeypatch: pytest.MonkeyPat
 
 
 def test_goals_stand_where_the_start_has_them() -> None:
-    model, _ = moving()
-    moved = sheet.marked(model, {"goal_x": 0.4, "goal_y": -0.2, "puck_x": 9.0})
+    scene = Scene(PlanarPush())
+    moved = scene.marked({"goal_x": 0.4, "goal_y": -0.2, "puck_x": 9.0})
     np.testing.assert_allclose(moved.site("goal").pos, [0.4, -0.2, 0])
-    np.testing.assert_allclose(model.site("goal").pos, [0.5, -0.3, 0])
+    np.testing.assert_allclose(scene.model.site("goal").pos, [0.5, 0, 0])
+
+
+def test_light_is_that_of_the_pictures() -> None:
+    model, positions = moving()
+    plain, dark = (sheet.draw(model, positions, size=32, light=light).astype(float) for light in (1.0, 0.5))
+    np.testing.assert_allclose(dark, plain / 2, atol=1)
+    assert sheet.lit(model, 0.25).light_diffuse.sum() == pytest.approx(model.light_diffuse.sum() / 4)
+    if sheet._backend():
+        assert sheet.render(model, positions[:1], size=32, light=0.3).mean() < 0.6 * sheet.render(model, positions[:1], size=32).mean()
 
 
 def test_a_contact_sheet_is_a_video_and_a_still(tmp_path: Path) -> None:

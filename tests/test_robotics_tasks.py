@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from building import rough_jit
 
-from domains.robotics import arm, flyer, tasks, worlds
+from domains.robotics import arm, flyer, tasks, walker, worlds
 from domains.robotics.physics import CStepper, compiled
 from domains.robotics.push import PlanarPush
 from domains.robotics.tasks import Scene
 from twinsim.base import BadInput
 
-ALL = (PlanarPush(), arm.ArmReach(), arm.ArmPush(), arm.ArmPick(), flyer.Inspection(), flyer.Landing())
+ALL = (PlanarPush(), arm.ArmReach(), arm.ArmPush(), arm.ArmPick(), flyer.Inspection(), flyer.Landing(), walker.Walk())
 TASKS: dict[str, Any] = {task.name: task for task in ALL}
-FIXED = ("inspection",)  # whose world has a middle that does not move
+FIXED = ("inspection", "walk")  # whose world has a middle that does not move
 COUNT = 16
 
 
@@ -199,14 +199,55 @@ def test_legs_crush_by_what_the_fall_brings() -> None:
     model = Scene(task).model
     data = mujoco.MjData(model)
     data.qpos[2] = 2.0
-    for _ in range(800):
-        mujoco.mj_step(model, data)
+    mujoco.mj_step(model, data, round(4.0 / model.opt.timestep))
     assert data.qpos[3] == pytest.approx(min(2.0 / 3, task.stroke), rel=0.05)  # here they are crushed to the stop
     data = mujoco.MjData(model)
     data.qpos[2] = 0.5
-    for _ in range(800):
-        mujoco.mj_step(model, data)
+    mujoco.mj_step(model, data, round(4.0 / model.opt.timestep))
     assert data.qpos[3] == pytest.approx(0.5 / 3, rel=0.1)
+
+
+# ---------------------------------------------------------------- the walker
+
+
+def test_legs_stand_where_they_are_told() -> None:
+    """Own kinematics against MuJoCo's, and back."""
+    task = TASKS["walk"]
+    model = Scene(task).model
+    data = mujoco.MjData(model)
+    foot = walker.HIP[None] + np.random.default_rng(0).uniform([-0.1, -0.06, -0.33], [0.1, 0.06, -0.2], (5, 4, 3))
+    foot[..., 1] += walker.OUT * walker.SIDE
+    joints = walker.joints_at(foot - walker.HIP)
+    np.testing.assert_allclose(walker.feet_at(joints), foot - walker.HIP, atol=1e-12)
+    for angles, wanted in zip(joints, foot, strict=True):
+        data.qpos[:] = [0, 0, 1, 1, 0, 0, 0, *angles.ravel()]
+        mujoco.mj_kinematics(model, data)
+        there = np.array([data.geom(f"{leg}_foot").xpos for leg in walker.LEGS])
+        np.testing.assert_allclose(there - [0, 0, 1], wanted, atol=1e-12)
+
+
+def test_terrain_is_the_share_of_the_relief_that_stands_out() -> None:
+    """Balls dropped on the ground lie on the relief, sunk by the share that does not stand out, or on level ground."""
+    task = walker.Walk()
+    heights = task.height * walker.relief(task.extent, task.spacing, task.pad, 1.0, task.seed)
+    assert heights.max() == pytest.approx(task.height) and heights.min() == 0.0
+    axis = np.linspace(-task.extent, task.extent, len(heights))
+    assert (heights[np.hypot(*np.meshgrid(axis, axis)) < task.pad] == 0).all()
+    world = np.stack([worlds.world({"terrain": share}) for share in (0.0, 0.5, 1.0)])
+    top = np.array([-task.height, -task.height / 2, 0.0]) - walker.SUNK
+    model = Scene(task).model
+    place = task.fields(model, world)["geom_pos"][:, model.geom("relief").id, 2]
+    np.testing.assert_allclose(place, top)
+
+
+def test_walking_is_harder_the_rougher_the_ground() -> None:
+    task, scene = TASKS["walk"], Scene(TASKS["walk"])
+    start = task.draw(np.random.default_rng(3), 8, "wide")
+    tilt = [
+        np.abs(scene.play(start, earth(8, terrain=share), lambda _, o: task.demonstrate(o), 200).observation[..., 3:5]).mean()
+        for share in (0.0, 1.0)
+    ]
+    assert tilt[1] > 1.3 * tilt[0]
 
 
 # ---------------------------------------------------------------- worlds

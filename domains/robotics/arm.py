@@ -14,6 +14,7 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
+from domains.robotics.frames import at_most_one, less
 from domains.robotics.physics import CStepper
 from domains.robotics.tasks import Channel, Start
 from twinsim.base import Array, BadInput, Variable
@@ -269,10 +270,6 @@ def _command(joints: np.ndarray, place: np.ndarray, offset: np.ndarray) -> np.nd
     return joints + np.clip(wanted - joints, -HASTE, HASTE)
 
 
-def _at_most_one(action: np.ndarray) -> np.ndarray:
-    return action / np.maximum(1, np.linalg.norm(action, axis=1, keepdims=True))
-
-
 def _towards(apart: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Unit vectors along the horizontal direction of `apart`, across and up, as rows `[3, 3]`, and the horizontal distance, m."""
     far = jnp.sqrt((apart[:2] ** 2).sum() + 1e-12)
@@ -286,18 +283,13 @@ def _mirror(axes: jax.Array) -> jax.Array:
     return axes.T @ jnp.diag(jnp.array([1.0, -1.0, 1.0], axes.dtype)) @ axes
 
 
-def _less(way: jax.Array, place: jax.Array) -> jax.Array:
-    """`way` `[..., n]` seen from `place` `[n]`."""
-    return jnp.asarray(way) - jnp.broadcast_to(place, way.shape)
-
-
 def _stretched(way: jax.Array, old: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Points `[frame, 3]` about a line from one place to another, turned, stretched and sheared with it to another line."""
     (before, far), (now, wide) = _towards(old[1] - old[0]), _towards(new[1] - new[0])
-    along, across, up = (_less(way, old[0]) @ before.T).T
+    along, across, up = (less(way, old[0]) @ before.T).T
     share = jnp.clip(along / far, 0.0, 1.0)
     up = up + share * ((new[1] - new[0])[2] - (old[1] - old[0])[2])
-    return _less(jnp.stack([along * wide / far, across, up], -1) @ now, -new[0])
+    return less(jnp.stack([along * wide / far, across, up], -1) @ now, -new[0])
 
 
 # ---------------------------------------------------------------- reach
@@ -319,6 +311,7 @@ class ArmReach:
     action: Sequence[Channel] = _moves("xyz")
     planned: Sequence[Channel] = _place_channels("way")
     handled: Sequence[str] = ("link7",)
+    load: float = 20.0
 
     start: ClassVar[Mapping[str, Variable]] = _scalars(tool="xyz", goal="xyz")
     regions: ClassVar[Mapping[str, Any]] = {
@@ -341,8 +334,8 @@ class ArmReach:
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         return worlds.fields(model, world, self.handled)
 
-    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
-        model.site("goal").pos = [start[f"goal_{axis}"] for axis in "xyz"]
+    def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
+        return start["goal_x"], start["goal_y"], start["goal_z"]
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         goal = np.broadcast_to(_given(start, "goal", "xyz"), (stepper.count, 3))
@@ -353,10 +346,10 @@ class ArmReach:
         return _command(joints, tool(joints, self.build.offset) + REACH * np.clip(action, -1, 1), self.build.offset)
 
     def demonstrate(self, observation: np.ndarray) -> np.ndarray:
-        return _at_most_one((observation[:, 17:20] - observation[:, 14:17]) / 0.05)
+        return at_most_one((observation[:, 17:20] - observation[:, 14:17]) / 0.05)
 
     def track(self, way: np.ndarray, observation: np.ndarray) -> np.ndarray:
-        return _at_most_one((way - observation[:, 14:17]) / REACH)
+        return at_most_one((way - observation[:, 14:17]) / REACH)
 
     def way(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         return observation[..., 14:17] + REACH * action
@@ -372,10 +365,10 @@ class ArmReach:
         return jnp.stack([far / left, apart[2] / left, jnp.minimum(far, 0.15) / 0.05, jnp.clip(apart[2], -0.15, 0.15) / 0.05])
 
     def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return _less(way, observation[14:17]) @ _towards(observation[17:20] - observation[14:17])[0].T / REACH
+        return less(way, observation[14:17]) @ _towards(observation[17:20] - observation[14:17])[0].T / REACH
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return _less(REACH * way @ _towards(observation[17:20] - observation[14:17])[0], -observation[14:17])
+        return less(REACH * way @ _towards(observation[17:20] - observation[14:17])[0], -observation[14:17])
 
     def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
         """Turned and stretched from where the tool begins to the goal."""
@@ -384,7 +377,7 @@ class ArmReach:
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line to the goal; the arm's joints, which the features leave out, stay."""
         tip = observation[14:17]
-        return observation, _less(_less(way, tip) @ _mirror(_towards(observation[17:20] - tip)[0]), -tip)
+        return observation, less(less(way, tip) @ _mirror(_towards(observation[17:20] - tip)[0]), -tip)
 
 
 # ---------------------------------------------------------------- push
@@ -414,6 +407,7 @@ class ArmPush:
     action: Sequence[Channel] = _moves("xy")
     planned: Sequence[Channel] = _place_channels("way")[:2]
     handled: Sequence[str] = ("cube",)
+    load: float = 20.0
 
     start: ClassVar[Mapping[str, Variable]] = _scalars(cube="xy", goal="xy")
     regions: ClassVar[Mapping[str, Any]] = {
@@ -452,8 +446,8 @@ class ArmPush:
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         return worlds.fields(model, world, self.handled)
 
-    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
-        model.site("goal").pos = [start["goal_x"], start["goal_y"], CUBE]
+    def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
+        return start["goal_x"], start["goal_y"], CUBE
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         position, velocity = stepper.position, stepper.velocity
@@ -490,10 +484,10 @@ class ArmPush:
         push = ahead * np.clip(left / 0.1, 0.25, 0.6) - across / 0.03
         lined_up = (np.linalg.norm(across, axis=1, keepdims=True) < 0.015) & (apart < clear + 0.03)
         action = np.where(behind < 0.85, around, np.where(lined_up, push, line_up))
-        return np.where(left < 0.5 * self.tolerance, 0.0, _at_most_one(action))
+        return np.where(left < 0.5 * self.tolerance, 0.0, at_most_one(action))
 
     def track(self, way: np.ndarray, observation: np.ndarray) -> np.ndarray:
-        return _at_most_one((way - observation[:, 14:16]) / REACH)
+        return at_most_one((way - observation[:, 14:16]) / REACH)
 
     def way(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         return observation[..., 14:16] + REACH * action
@@ -517,17 +511,17 @@ class ArmPush:
         return jnp.stack([along / apart, across / apart, jnp.log(apart / clear), *near, jnp.minimum(left, 0.15) / 0.06, *faces])
 
     def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return _less(way, observation[14:16]) @ self._axes(observation)[0].T / REACH
+        return less(way, observation[14:16]) @ self._axes(observation)[0].T / REACH
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return _less(REACH * way @ self._axes(observation)[0], -observation[14:16])
+        return less(REACH * way @ self._axes(observation)[0], -observation[14:16])
 
     def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
         """Turned about the cube towards the new goal, and beyond the cube stretched to it."""
         (old, far), (new, wide) = self._axes(before), self._axes(now)
-        along, across = (_less(way, before[17:19]) @ old.T).T
+        along, across = (less(way, before[17:19]) @ old.T).T
         along = jnp.where(along > -self.clear, -self.clear + (along + self.clear) * wide / far, along)
-        return _less(jnp.stack([along, across], -1) @ new, -now[17:19])
+        return less(jnp.stack([along, across], -1) @ new, -now[17:19])
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line from the cube to the goal; the arm's joints, which the features leave out, stay."""
@@ -538,7 +532,7 @@ class ArmPush:
         turned = (
             observation.at[14:16].set(cube + flip @ (observation[14:16] - cube)).at[20].set(jnp.arctan2(jnp.sin(heading), jnp.cos(heading)))
         )
-        return turned, _less(_less(way, cube) @ flip, -cube)
+        return turned, less(less(way, cube) @ flip, -cube)
 
 
 # ---------------------------------------------------------------- pick
@@ -567,6 +561,7 @@ class ArmPick:
     action: Sequence[Channel] = (*_moves("xyz"), Channel("open", "1", -1.0, 1.0))
     planned: Sequence[Channel] = (*_place_channels("way"), Channel("open", "1", -1.0, 1.0))
     handled: Sequence[str] = ("cube",)
+    load: float = 20.0
 
     start: ClassVar[Mapping[str, Variable]] = _scalars(cube="xy", goal="xyz")
     regions: ClassVar[Mapping[str, Any]] = {
@@ -594,8 +589,8 @@ class ArmPick:
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         return worlds.fields(model, world, self.handled)
 
-    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
-        model.site("goal").pos = [start[f"goal_{axis}"] for axis in "xyz"]
+    def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
+        return start["goal_x"], start["goal_y"], start["goal_z"]
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         position, velocity = stepper.position, stepper.velocity
@@ -616,9 +611,9 @@ class ArmPick:
         high = np.clip(4 * (beside - 0.008), 0, 0.10)
         above = (cube[:, 2:] + high - tip[:, 2:]) / 0.05
         too_low = np.clip(above - 0.4, 0, 1)  # then up first, lest the fingers sweep the cube away
-        fetch = _at_most_one(np.concatenate([(cube[:, :2] - tip[:, :2]) / 0.05 * (1 - too_low), above], 1))
+        fetch = at_most_one(np.concatenate([(cube[:, :2] - tip[:, :2]) / 0.05 * (1 - too_low), above], 1))
         ready = (beside < 0.01) & (np.abs(cube[:, 2:] - tip[:, 2:]) < 0.012)
-        carry = _at_most_one((goal - cube) / 0.05)
+        carry = at_most_one((goal - cube) / 0.05)
         close = np.where(held | ready, -1.0, 1.0)
         return np.concatenate([np.where(held, carry, np.where(ready, 0.3 * fetch, fetch)), close], 1)
 
@@ -628,7 +623,7 @@ class ArmPick:
         return ((apart**2).sum(-1) < 0.02**2) & (observation[..., 17] < 2 * CUBE + 0.002)
 
     def track(self, way: np.ndarray, observation: np.ndarray) -> np.ndarray:
-        move = _at_most_one((way[:, :3] - observation[:, 14:17]) / REACH)
+        move = at_most_one((way[:, :3] - observation[:, 14:17]) / REACH)
         return np.concatenate([move, np.clip(way[:, 3:], -1, 1)], 1)
 
     def way(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
@@ -654,11 +649,11 @@ class ArmPick:
 
     def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
         axes = _towards(self._apart(observation))[0]
-        return jnp.concatenate([_less(way[..., :3], observation[14:17]) @ axes.T / REACH, way[..., 3:]], -1)
+        return jnp.concatenate([less(way[..., :3], observation[14:17]) @ axes.T / REACH, way[..., 3:]], -1)
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
         axes = _towards(self._apart(observation))[0]
-        return jnp.concatenate([_less(REACH * way[..., :3] @ axes, -observation[14:17]), way[..., 3:]], -1)
+        return jnp.concatenate([less(REACH * way[..., :3] @ axes, -observation[14:17]), way[..., 3:]], -1)
 
     def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
         """Turned and stretched from where the tool begins to the cube and, once the fingers close, from there to the goal."""
@@ -673,7 +668,7 @@ class ArmPick:
         """Left and right of where the tool has to go; the arm's joints, which the features leave out, stay."""
         tip = observation[14:17]
         flip = _mirror(_towards(self._apart(observation))[0])
-        return observation, jnp.concatenate([_less(_less(way[..., :3], tip) @ flip, -tip), way[..., 3:]], -1)
+        return observation, jnp.concatenate([less(less(way[..., :3], tip) @ flip, -tip), way[..., 3:]], -1)
 
 
 def _cube_at(place: np.ndarray) -> np.ndarray:

@@ -75,7 +75,7 @@ class TaskEnvironment(gymnasium.Env[np.ndarray, np.ndarray]):
         if self.render_mode != "rgb_array":
             return None
         stepper = self._scene.stepper(self._world)
-        model = sheet.marked(self._scene.model, {name: float(value[0]) for name, value in self._start.items()})
+        model = self._scene.marked({name: float(value[0]) for name, value in self._start.items()})
         return sheet.pictures(model, stepper.position, size=PICTURE)[0]
 
     def _info(self, seen: np.ndarray, success: bool) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
+from domains.robotics.frames import at_most_one, drawn, given, less, rows, wrapped
 from domains.robotics.physics import CStepper
 from domains.robotics.tasks import Channel, Start
-from twinsim.base import Array, BadInput, Variable
+from twinsim.base import Array, Variable
 
 MOON = 1.62  # m/s2, NASA Moon Fact Sheet (NSSDCA)
 
@@ -60,43 +61,6 @@ def _own_gravity(changed: dict[str, np.ndarray], world: np.ndarray, own: float) 
     return {name: values for name, values in changed.items() if name != "opt.gravity"} | down
 
 
-def _drawn(task: Any, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
-    if region not in task.regions:
-        raise BadInput(f"{task.name}: region {region}: expected {' or '.join(task.regions)}")
-    lower, upper = task.regions[region]
-    return dict(zip(task.start, noise.uniform(lower, upper, (count, len(lower))).T, strict=True))
-
-
-def _given(task: Any, start: Start, bounds: Mapping[str, tuple[float, float]]) -> np.ndarray:
-    """The start as an array `[count, scalar]`. Raises BadInput where a scalar is outside its bounds."""
-    for name, (lower, upper) in bounds.items():
-        values = np.atleast_1d(np.asarray(start[name], np.float64))
-        wrong = ~((lower <= values) & (values <= upper))
-        if wrong.any():
-            kind = "finite" if not np.isfinite(values[wrong][0]) else f"{lower:g} to {upper:g}"
-            raise BadInput(f"{task.name}: {name}: expected {kind} {task.start[name].units}, got {values[wrong][0]:g}")
-    return np.stack([np.atleast_1d(np.asarray(start[name], np.float64)) for name in task.start], -1)
-
-
-def _less(way: jax.Array, place: jax.Array) -> jax.Array:
-    """`way` `[..., n]` seen from `place` `[n]`."""
-    return jnp.asarray(way) - jnp.broadcast_to(place, way.shape)
-
-
-def _at_most_one(action: np.ndarray) -> np.ndarray:
-    return action / np.maximum(1, np.linalg.norm(action, axis=1, keepdims=True))
-
-
-def _wrapped(angle: Any) -> Any:
-    return (angle + np.pi) % (2 * np.pi) - np.pi
-
-
-def _rows(x: jax.Array, y: jax.Array, side: jax.Array) -> jax.Array:
-    """Unit vectors along a horizontal direction, across it to the left, or to the right for a `side` of -1, and up, `[3, 3]`."""
-    zero, one = jnp.zeros_like(x), jnp.ones_like(x)
-    return jnp.stack([jnp.stack([x, y, zero]), jnp.stack([-side * y, side * x, zero]), jnp.stack([zero, zero, one])])
-
-
 # ---------------------------------------------------------------- inspection
 
 
@@ -128,6 +92,7 @@ class Inspection:
         Channel("way_heading", "rad", -3 * np.pi, 3 * np.pi),
     )
     handled: Sequence[str] = ("flyer",)
+    load: float = 20.0
 
     start: ClassVar[Mapping[str, Variable]] = {
         "angle": Variable((), "rad", "of the flyer round the module"),
@@ -178,26 +143,26 @@ class Inspection:
         return spec
 
     def draw(self, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
-        return _drawn(self, noise, count, region)
+        return drawn(self, noise, count, region)
 
     def place(self, start: Start) -> np.ndarray:
-        angle, far, height, _, _ = _given(self, start, self.bounds).T
-        return np.stack([far * np.cos(angle), far * np.sin(angle), height, _wrapped(angle + np.pi)], 1)
+        angle, far, height, _, _ = given(self, start, self.bounds).T
+        return np.stack([far * np.cos(angle), far * np.sin(angle), height, wrapped(angle + np.pi)], 1)
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         """As `worlds.fields`; in free fall unless a world has a gravity other than Earth's."""
         return _own_gravity(worlds.fields(model, world, self.handled), world, 0.0)
 
-    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
+    def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
         angle = start["goal_angle"]
-        model.site("goal").pos = [self.radius * np.cos(angle), self.radius * np.sin(angle), start["goal_height"]]
+        return float(self.radius * np.cos(angle)), float(self.radius * np.sin(angle)), start["goal_height"]
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         angle, height = (np.broadcast_to(np.asarray(start[name], np.float64), stepper.count) for name in ("goal_angle", "goal_height"))
         stand = self.radius + self.standoff
         goal = np.stack([stand * np.cos(angle), stand * np.sin(angle), height], 1)
         position = stepper.position
-        position[:, 3] = _wrapped(position[:, 3])
+        position[:, 3] = wrapped(position[:, 3])
         return np.concatenate([position, stepper.velocity, goal], 1)
 
     def control(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
@@ -212,17 +177,17 @@ class Inspection:
         x, y, z, heading = observation[:, :4].T
         goal = observation[:, 8:11]
         angle, far, stand = np.arctan2(y, x), np.hypot(x, y), np.hypot(goal[:, 0], goal[:, 1])
-        round_ = _wrapped(np.arctan2(goal[:, 1], goal[:, 0]) - angle)
+        round_ = wrapped(np.arctan2(goal[:, 1], goal[:, 0]) - angle)
         safe = stand + np.clip(0.5 * np.abs(round_), 0, 0.3)
         out, across = (safe - far) / 0.3, far * round_ / 0.3
         move = np.stack(
             [out * np.cos(angle) - across * np.sin(angle), out * np.sin(angle) + across * np.cos(angle), (goal[:, 2] - z) / 0.3], 1
         )
-        return np.concatenate([_at_most_one(move), np.clip(_wrapped(angle + np.pi - heading) / 0.4, -1, 1)[:, None]], 1)
+        return np.concatenate([at_most_one(move), np.clip(wrapped(angle + np.pi - heading) / 0.4, -1, 1)[:, None]], 1)
 
     def track(self, way: np.ndarray, observation: np.ndarray) -> np.ndarray:
-        turn = np.clip(_wrapped(way[:, 3:] - observation[:, 3:4]) / self.turn, -1, 1)
-        return np.concatenate([_at_most_one((way[:, :3] - observation[:, :3]) / self.reach), turn], 1)
+        turn = np.clip(wrapped(way[:, 3:] - observation[:, 3:4]) / self.turn, -1, 1)
+        return np.concatenate([at_most_one((way[:, :3] - observation[:, :3]) / self.reach), turn], 1)
 
     def way(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         return observation[..., :4] + np.array([self.reach] * 3 + [self.turn]) * action
@@ -231,46 +196,46 @@ class Inspection:
         """How far off, m, that it is or looks, beyond the tolerance; 1 rad counts as 1 m."""
         seen = jnp.asarray(observation)
         apart = jnp.linalg.norm(seen[..., :3] - seen[..., 8:11], axis=-1)
-        wrong = jnp.abs(_wrapped(jnp.arctan2(seen[..., 9], seen[..., 8]) + np.pi - seen[..., 3]))
+        wrong = jnp.abs(wrapped(jnp.arctan2(seen[..., 9], seen[..., 8]) + np.pi - seen[..., 3]))
         return jnp.maximum(apart - self.tolerance[0], 0.0) + jnp.maximum(wrong - self.tolerance[1], 0.0)
 
     def _axes(self, observation: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Unit vectors out, on and up, `[3, 3]`; the angle still to fly round, rad; and to which side, 1 or -1."""
         far = jnp.sqrt((observation[:2] ** 2).sum() + 1e-12)
-        left = _wrapped(jnp.arctan2(observation[9], observation[8]) - jnp.arctan2(observation[1], observation[0]))
+        left = wrapped(jnp.arctan2(observation[9], observation[8]) - jnp.arctan2(observation[1], observation[0]))
         side = jnp.where(left < 0, -jnp.ones_like(left), jnp.ones_like(left))
-        return _rows(observation[0] / far, observation[1] / far, side), jnp.abs(left), side
+        return rows(observation[0] / far, observation[1] / far, side), jnp.abs(left), side
 
     def features(self, observation: jax.Array) -> jax.Array:
         axes, left, side = self._axes(observation)
         out = observation[:3] @ axes[0] - self.radius - self.standoff
         high = observation[10] - observation[2]
-        wrong = side * _wrapped(jnp.arctan2(observation[1], observation[0]) + np.pi - observation[3])
+        wrong = side * wrapped(jnp.arctan2(observation[1], observation[0]) + np.pi - observation[3])
         speed = (axes @ observation[4:7]) / 0.15
         scales = [jnp.clip(out, -0.5, 0.5) / 0.3, jnp.minimum(left, 0.6) / 0.3, left, jnp.clip(high, -0.3, 0.3) / 0.15]
         return jnp.stack([*scales, jnp.clip(wrong, -0.6, 0.6) / 0.3, *speed, side * observation[7] / 0.3])
 
     def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
         axes, _, side = self._axes(observation)
-        turn = side * _wrapped(_less(way[..., 3:], observation[3:4])) / self.turn
-        return jnp.concatenate([_less(way[..., :3], observation[:3]) @ axes.T / self.reach, turn], -1)
+        turn = side * wrapped(less(way[..., 3:], observation[3:4])) / self.turn
+        return jnp.concatenate([less(way[..., :3], observation[:3]) @ axes.T / self.reach, turn], -1)
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
         axes, _, side = self._axes(observation)
-        heading = _less(side * way[..., 3:] * self.turn, -observation[3:4])
-        return jnp.concatenate([_less(self.reach * way[..., :3] @ axes, -observation[:3]), heading], -1)
+        heading = less(side * way[..., 3:] * self.turn, -observation[3:4])
+        return jnp.concatenate([less(self.reach * way[..., :3] @ axes, -observation[:3]), heading], -1)
 
     def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
         """Round the module's axis, stretched to the new angle and height."""
         (_, old, one), (_, new, two) = self._axes(before), self._axes(now)
         first, second = jnp.arctan2(before[1], before[0]), jnp.arctan2(now[1], now[0])
         far, angle = jnp.hypot(way[..., 0], way[..., 1]), jnp.arctan2(way[..., 1], way[..., 0])
-        on = one * _wrapped(_less(angle, first))
+        on = one * wrapped(less(angle, first))
         share = jnp.clip(on / jnp.maximum(old, 1e-3), 0.0, 1.0)
         then = second + two * (on + share * (new - old))
         shift = (now[2] - before[2]) + share * ((now[10] - now[2]) - (before[10] - before[2]))
-        looks = then + two * one * _wrapped(way[..., 3] - angle)
-        return jnp.stack([far * jnp.cos(then), far * jnp.sin(then), way[..., 2] + shift, _wrapped(looks)], -1)
+        looks = then + two * one * wrapped(way[..., 3] - angle)
+        return jnp.stack([far * jnp.cos(then), far * jnp.sin(then), way[..., 2] + shift, wrapped(looks)], -1)
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As in a mirror through the module's axis and the target."""
@@ -278,9 +243,9 @@ class Inspection:
         cos, sin = jnp.cos(about), jnp.sin(about)
         zero, one = jnp.zeros_like(cos), jnp.ones_like(cos)
         flip = jnp.stack([jnp.stack([cos, sin, zero]), jnp.stack([sin, -cos, zero]), jnp.stack([zero, zero, one])])
-        other = observation.at[:3].set(flip @ observation[:3]).at[3].set(_wrapped(about - observation[3]))
+        other = observation.at[:3].set(flip @ observation[:3]).at[3].set(wrapped(about - observation[3]))
         other = other.at[4:7].set(flip @ observation[4:7]).at[7].set(-observation[7])
-        return other, jnp.concatenate([way[..., :3] @ flip, _wrapped(about - way[..., 3:])], -1)
+        return other, jnp.concatenate([way[..., :3] @ flip, wrapped(about - way[..., 3:])], -1)
 
 
 # ---------------------------------------------------------------- landing
@@ -298,7 +263,7 @@ class Landing:
     robot: str = "lander"
     sentence: str = "Land softly on the pad."
     rate: float = 5.0
-    steps: int = 40
+    steps: int = 100
     frames: int = 250
     hold: int = 5
     observation: Sequence[Channel] = (
@@ -310,6 +275,7 @@ class Landing:
     action: Sequence[Channel] = tuple(Channel(f"move_{axis}", "1", -1.0, 1.0) for axis in "xyz")
     planned: Sequence[Channel] = tuple(Channel(f"way_{axis}", "m", -60.0, 60.0) for axis in "xyz")
     handled: Sequence[str] = ("lander",)
+    load: float = 170.0
 
     start: ClassVar[Mapping[str, Variable]] = {
         f"{thing}_{axis}": Variable((), "m", f"{thing} at the start, {axis}")
@@ -358,7 +324,7 @@ class Landing:
                 size=[0.1, 0, 0],
                 mass=self.legs / 4,
                 friction=[0.8, 0.01, 1e-3],
-                solref=[0.01, 1],
+                solref=[0.004, 1],
             )
             legs.add_geom(
                 type=geom.mjGEOM_CAPSULE,
@@ -372,18 +338,18 @@ class Landing:
         return spec
 
     def draw(self, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
-        return _drawn(self, noise, count, region)
+        return drawn(self, noise, count, region)
 
     def place(self, start: Start) -> np.ndarray:
         bounds = {name: (0.5, 40.0) if name == "lander_z" else (-40.0, 40.0) for name in self.start}
-        return np.pad(_given(self, start, bounds)[:, :3], ((0, 0), (0, 1)))
+        return np.pad(given(self, start, bounds)[:, :3], ((0, 0), (0, 1)))
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         """As `worlds.fields`; on the Moon unless a world has a gravity other than Earth's."""
         return _own_gravity(worlds.fields(model, world, self.handled), world, MOON)
 
-    def show(self, model: mujoco.MjModel, start: Mapping[str, float]) -> None:
-        model.site("goal").pos[:2] = start["goal_x"], start["goal_y"]
+    def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
+        return start["goal_x"], start["goal_y"], 0.0
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         goal = np.stack([np.broadcast_to(np.asarray(start[f"goal_{axis}"], np.float64), stepper.count) for axis in "xy"], 1)
@@ -402,10 +368,10 @@ class Landing:
         floor = np.clip(2 * (beside - 0.6), 0, 6)  # m, not below it so far from the pad
         down = np.clip((apart[:, 2:] + floor) / 4, -1, 1)
         down = np.where(floor > 0, down, np.minimum(down, -0.2))
-        return _at_most_one(np.concatenate([apart[:, :2] / 4, down], 1))
+        return at_most_one(np.concatenate([apart[:, :2] / 4, down], 1))
 
     def track(self, way: np.ndarray, observation: np.ndarray) -> np.ndarray:
-        return _at_most_one((way - observation[:, :3]) / self.reach)
+        return at_most_one((way - observation[:, :3]) / self.reach)
 
     def way(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         return observation[..., :3] + self.reach * action
@@ -422,7 +388,7 @@ class Landing:
     def _axes(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
         apart = observation[7:9] - observation[:2]
         far = jnp.sqrt((apart**2).sum() + 1e-12)
-        return _rows(apart[0] / far, apart[1] / far, jnp.ones_like(far)), far
+        return rows(apart[0] / far, apart[1] / far, jnp.ones_like(far)), far
 
     def features(self, observation: jax.Array) -> jax.Array:
         axes, far = self._axes(observation)
@@ -431,20 +397,20 @@ class Landing:
         return jnp.stack([*near, *(axes @ observation[3:6])])
 
     def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return _less(way, observation[:3]) @ self._axes(observation)[0].T / self.reach
+        return less(way, observation[:3]) @ self._axes(observation)[0].T / self.reach
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return _less(self.reach * way @ self._axes(observation)[0], -observation[:3])
+        return less(self.reach * way @ self._axes(observation)[0], -observation[:3])
 
     def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
         """Turned about the pad and stretched to where the lander begins."""
         (old, far), (new, wide) = self._axes(before), self._axes(now)
-        along, across, up = (_less(way, before[7:10]) @ old.T).T
-        return _less(jnp.stack([along * wide / far, across, up * now[2] / before[2]], -1) @ new, -now[7:10])
+        along, across, up = (less(way, before[7:10]) @ old.T).T
+        return less(jnp.stack([along * wide / far, across, up * now[2] / before[2]], -1) @ new, -now[7:10])
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line to the pad."""
         axes, _ = self._axes(observation)
         flip = axes.T @ jnp.diag(jnp.array([1.0, -1.0, 1.0], axes.dtype)) @ axes
         at = observation[:3]
-        return observation.at[3:6].set(flip @ observation[3:6]), _less(_less(way, at) @ flip, -at)
+        return observation.at[3:6].set(flip @ observation[3:6]), less(less(way, at) @ flip, -at)

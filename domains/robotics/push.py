@@ -10,6 +10,7 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
+from domains.robotics.frames import at_most_one, less
 from domains.robotics.physics import CStepper
 from domains.robotics.tasks import Channel, Start
 from twinsim.base import Array, BadInput, Variable
@@ -69,6 +70,7 @@ class PlanarPush:
     action: Sequence[Channel] = (Channel("move_x", "1", -1.0, 1.0), Channel("move_y", "1", -1.0, 1.0))
     planned: Sequence[Channel] = (Channel("way_x", "m", -1.0, 1.0), Channel("way_y", "m", -1.0, 1.0))
     handled: Sequence[str] = ("puck",)
+    load: float = 20.0
 
     start: ClassVar[Mapping[str, Variable]] = {
         f"{thing}_{axis}": Variable((), "m", f"{thing} at the start, {axis}") for thing in ("puck", "goal") for axis in "xy"
@@ -156,6 +158,9 @@ class PlanarPush:
             changed["dof_frictionloss"] = loss
         return changed
 
+    def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
+        return start["goal_x"], start["goal_y"], 0.0
+
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         position, velocity = stepper.position, stepper.velocity
         goal = np.stack([np.broadcast_to(start[f"goal_{axis}"], stepper.count) for axis in "xy"], -1)
@@ -182,10 +187,10 @@ class PlanarPush:
         push = ahead * np.clip(left / 0.06, 0.3, 1) - across / 0.03
         lined_up = (np.linalg.norm(across, axis=1, keepdims=True) < 0.022) & (apart < CLEAR + 0.03)
         action = np.where(behind < 0.85, around, np.where(lined_up, push, line_up))
-        return np.where(left < 0.5 * TOLERANCE, 0.0, _at_most_one(action))
+        return np.where(left < 0.5 * TOLERANCE, 0.0, at_most_one(action))
 
     def track(self, way: np.ndarray, observation: np.ndarray) -> np.ndarray:
-        return _at_most_one((way - observation[:, 4:6]) / REACH)
+        return at_most_one((way - observation[:, 4:6]) / REACH)
 
     def way(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         return observation[..., 4:6] + REACH * action
@@ -209,17 +214,17 @@ class PlanarPush:
         return jnp.stack([along / apart, across / apart, jnp.log(apart / CLEAR), *near, jnp.minimum(left, 0.15) / 0.06])
 
     def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return _less(way, observation[4:6]) @ self._axes(observation)[0].T / REACH
+        return less(way, observation[4:6]) @ self._axes(observation)[0].T / REACH
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return _less(REACH * way @ self._axes(observation)[0], -observation[4:6])
+        return less(REACH * way @ self._axes(observation)[0], -observation[4:6])
 
     def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
         """Turned about the puck towards the new goal, and beyond the puck stretched to it."""
         (old, far), (new, wide) = self._axes(before), self._axes(now)
-        along, across = (_less(way, before[6:8]) @ old.T).T
+        along, across = (less(way, before[6:8]) @ old.T).T
         along = jnp.where(along > -CLEAR, -CLEAR + (along + CLEAR) * wide / far, along)
-        return _less(jnp.stack([along, across], -1) @ new, -now[6:8])
+        return less(jnp.stack([along, across], -1) @ new, -now[6:8])
 
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line from the puck to the goal; the arm's joints, which the features leave out, stay."""
@@ -227,16 +232,7 @@ class PlanarPush:
         flip = axes.T @ jnp.diag(jnp.array([1.0, -1.0])) @ axes
         puck = observation[6:8]
         tip = puck + flip @ (observation[4:6] - puck)
-        return observation.at[4:6].set(tip), _less(_less(way, puck) @ flip, -puck)
-
-
-def _less(way: jax.Array, place: jax.Array) -> jax.Array:
-    """`way` `[..., 2]` seen from `place` `[2]`."""
-    return jnp.asarray(way) - jnp.broadcast_to(place, way.shape)
-
-
-def _at_most_one(action: np.ndarray) -> np.ndarray:
-    return action / np.maximum(1, np.linalg.norm(action, axis=1, keepdims=True))
+        return observation.at[4:6].set(tip), less(less(way, puck) @ flip, -puck)
 
 
 def _damping(value: float) -> list[float]:

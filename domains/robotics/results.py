@@ -115,7 +115,8 @@ def filmed(domain: "Motions", episode: xr.Dataset) -> np.ndarray:
     world = np.array([[float(episode[f"world_{name}"].values) for name in worlds.NAMES]], np.float32)
     action = np.stack([episode[each.name].values for each in domain.task.action], -1)[None, :length]
     positions = domain.scene.positions(start, world, action)[0]
-    return sheet.pictures(sheet.marked(domain.scene.model, {name: float(value[0]) for name, value in start.items()}), positions, size=SIZE)
+    model = domain.scene.marked({name: float(value[0]) for name, value in start.items()})
+    return sheet.pictures(model, positions, size=SIZE, light=float(worlds.of(world, "light")[0]))
 
 
 def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:

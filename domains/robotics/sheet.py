@@ -5,7 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -34,25 +34,27 @@ def pictures(
     *,
     size: int = 96,
     camera: str | None = None,
+    light: float = 1.0,
     tell: Callable[[str], None] = lambda sentence: None,
 ) -> np.ndarray:
     """`[frame, size, size, 3]` uint8 of positions `[frame, nq]`: rendered where there is a GL library, else drawn from above.
 
-    Why it was drawn is told. What positions do not move, such as a goal's site, stands where the model has it: see `marked`.
+    Why it was drawn is told. What positions do not move, such as a goal's site, stands where the model has it: see `tasks.Scene.marked`.
     """
     try:
-        return render(model, positions, size=size, camera=camera)
+        return render(model, positions, size=size, camera=camera, light=light)
     except BadInput as error:
         tell(f"{error}; drawn from above instead")
-        return draw(model, positions, size=size)
+        return draw(model, positions, size=size, light=light)
 
 
-def render(model: mujoco.MjModel, positions: np.ndarray, *, size: int = 96, camera: str | None = None) -> np.ndarray:
+def render(model: mujoco.MjModel, positions: np.ndarray, *, size: int = 96, camera: str | None = None, light: float = 1.0) -> np.ndarray:
     """Frames `[frame, size, size, 3]` uint8 by MuJoCo, without shadows and reflections. Raises BadInput without a GL library.
 
     Args:
       positions: `[frame, nq]`.
       camera: its name; None is the first of the model, or a free one where there is none.
+      light: relative to the model's own.
     """
     backend = _backend()
     if not backend:
@@ -61,6 +63,7 @@ def render(model: mujoco.MjModel, positions: np.ndarray, *, size: int = 96, came
     if camera is not None and camera not in cameras:
         raise BadInput(f"rendering: camera {camera}: expected one of {', '.join(cameras) or 'none, the model has no camera'}")
     _check_positions(model, positions)
+    model = model if light == 1.0 else lit(model, light)
     try:
         with _canvas(backend, model, size) as shoot:
             return _shot(model, positions, cameras.index(camera) if camera is not None else 0 if cameras else -1, size, shoot)
@@ -68,7 +71,7 @@ def render(model: mujoco.MjModel, positions: np.ndarray, *, size: int = 96, came
         raise BadInput(f"rendering: {HINT}, got one that fails: {error}") from error
 
 
-def draw(model: mujoco.MjModel, positions: np.ndarray, *, size: int = 96) -> np.ndarray:
+def draw(model: mujoco.MjModel, positions: np.ndarray, *, size: int = 96, light: float = 1.0) -> np.ndarray:
     """Frames `[frame, size, size, 3]` uint8 seen from above: geoms and sites as discs, capsules as bars; planes are left out."""
     _check_positions(model, positions)
     data = mujoco.MjData(model)
@@ -76,17 +79,17 @@ def draw(model: mujoco.MjModel, positions: np.ndarray, *, size: int = 96) -> np.
     where = model.stat.center[:2] + np.stack(np.meshgrid(axis, -axis), -1)
     data = mujoco.MjData(model)
     frames = [_drawn(where, _shapes(model, data, position), axis[1] - axis[0]) for position in positions]
-    return np.stack(frames) if frames else np.zeros((0, size, size, 3), np.uint8)
+    drawn = np.stack(frames) if frames else np.zeros((0, size, size, 3), np.uint8)
+    return drawn if light == 1.0 else np.clip(light * drawn, 0, 255).astype(np.uint8)
 
 
-def marked(model: mujoco.MjModel, start: Mapping[str, float]) -> mujoco.MjModel:
-    """A copy whose sites stand where an episode's start has them: site "goal" at `goal_x`, `goal_y`, and `goal_z` where there is one."""
+def lit(model: mujoco.MjModel, light: float) -> mujoco.MjModel:
+    """A copy whose lights, the one on the camera with them, are as strong as `light` times its own."""
     model = copy.copy(model)
-    for index in range(model.nsite):
-        name = model.site(index).name
-        for axis, letter in enumerate("xyz"):
-            if f"{name}_{letter}" in start:
-                model.site_pos[index, axis] = start[f"{name}_{letter}"]
+    for name in ("light_ambient", "light_diffuse", "light_specular"):
+        getattr(model, name)[:] *= light
+    for name in ("ambient", "diffuse", "specular"):
+        setattr(model.vis.headlight, name, light * getattr(model.vis.headlight, name))
     return model
 
 

@@ -3,6 +3,7 @@
 Host functions take `count` episodes at once, numpy in and out; those of one observation are traced by JAX and have no leading axis.
 """
 
+import copy
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from twinsim.base import Array, Variable
 
 Policy = Callable[[int, np.ndarray], np.ndarray]  # control step, observations `[count, channel]` -> actions `[count, channel]`
 Start = Mapping[str, np.ndarray]  # name -> `[count]`
-SOFT, ROUNDING = 1e-2, 0.02  # J that a soft contact (20 N over 1 mm) gives back; of the work, what an integrator of first order is off
+SOFT, ROUNDING = 1e-3, 0.02  # m that a contact gives way and comes back; of the work, what an integrator of first order is off
 SMALL = 8  # degrees of freedom up to which copies step faster than threads meet
 LATEST = int(worlds.PARAMETERS["latency"].upper)  # control steps that a command may be under way
 
@@ -42,6 +43,7 @@ class Task(Protocol):
       planned: coordinates of the way points that a generator draws.
       start: what an episode starts from and is after, scalars.
       handled: bodies that the payload of a world weighs down.
+      load: what contacts bear, N.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Task(Protocol):
     planned: Sequence[Channel]
     start: Mapping[str, Variable]
     handled: Sequence[str]
+    load: float
 
     # ---- the host's part: `count` episodes at once
 
@@ -73,6 +76,10 @@ class Task(Protocol):
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         """What worlds `[count, parameter]` change of the model."""
+        ...
+
+    def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
+        """Where pictures of one episode have the site "goal", m."""
         ...
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
@@ -225,7 +232,7 @@ class Scene:
                 due = line[np.arange(count), LATEST + frame - late].astype(np.float64)
                 net, gross = stepper.work(task.control(seen, due), task.steps)
                 before, energy = energy, stepper.read("energy").sum(1)
-                gain[:, frame] = np.maximum(energy - before - net - SOFT - ROUNDING * gross, 0.0)
+                gain[:, frame] = np.maximum(energy - before - net - SOFT * task.load / 2 - ROUNDING * gross, 0.0)
             observed[:, frames] = task.observe(stepper, start)
             played = Played(observed[:, :frames], observed[:, frames], told, line[:, LATEST:], depth, gain)
             return stepper.state, line[:, frames:], played
@@ -244,6 +251,12 @@ class Scene:
     def replay(self, start: Start, world: np.ndarray, action: np.ndarray, sensors: worlds.Sensors | None = None) -> Played:
         """Episodes from the start on with given actions `[count, frame, channel]`."""
         return self.play(start, world, lambda frame, _: action[:, frame], action.shape[1], sensors)
+
+    def marked(self, start: Mapping[str, float]) -> mujoco.MjModel:
+        """A copy of the model whose site "goal" stands where an episode's start has it."""
+        model = copy.copy(self.model)
+        model.site("goal").pos = self.task.goal(start)
+        return model
 
     def positions(self, start: Start, world: np.ndarray, action: np.ndarray) -> np.ndarray:
         """Generalised positions before each of given actions `[count, frame, channel]`, `[count, frame, nq]`."""

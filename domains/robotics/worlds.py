@@ -30,9 +30,12 @@ PARAMETERS: Mapping[str, Variable] = {
     "dropout": Variable((), "1", "chance that a sensor tells its last value once more", lower=0.0, upper=1.0),
     "flips": Variable((), "1", "chance that a reading has a flipped bit", lower=0.0, upper=1.0),
     "drift": Variable((), "s-1", "relative drift of the sensors' gain", lower=-0.2, upper=0.2),
+    "terrain": Variable((), "1", "share of the relief that stands out of level ground, where the scene has one", lower=0.0, upper=1.0),
+    "light": Variable((), "1", "light on the scene in its pictures, relative to its own", lower=0.0, upper=4.0),
 }
 NAMES = tuple(PARAMETERS)
-NOMINAL = {"gravity": EARTH, "friction": 1.0, "payload": 1.0, "gain": 1.0, "torque": 1.0, "damping": 1.0} | dict.fromkeys(NAMES[6:], 0.0)
+ZERO = ("latency", "noise", "dropout", "flips", "drift")  # of a world without faults; other parameters are relative, but for gravity
+NOMINAL = {name: EARTH if name == "gravity" else 0.0 if name in ZERO else 1.0 for name in NAMES}
 
 
 @dataclass(frozen=True)
