@@ -136,6 +136,15 @@ def test_starts_are_checked(played: Any) -> None:
         task.place({**start, far: np.full(COUNT, 50.0)})
 
 
+def test_goals_stand_where_the_start_has_them(played: Any) -> None:
+    task, scene, start, _ = played
+    one = {name: float(values[2]) for name, values in start.items()}
+    model = scene.marked(one)
+    data = mujoco.MjData(model)
+    mujoco.mj_kinematics(model, data)
+    np.testing.assert_allclose(data.site("goal").xpos, task.goal(one), atol=1e-9)
+
+
 def test_copies_and_threads_do_not_matter(played: Any) -> None:
     task, scene, start, _ = played
     position = task.place(start)

@@ -67,8 +67,8 @@ def sections(
         f" {int(verified(rules).sum())} of {size} do."
     ]
     pictures = {
-        f"Paths of {min(DRAWN, size)} episodes over the table: blue reach the goal, orange do not": _paths(domain, dataset),
-        f"A film of {min(FILMED, max(int(dataset['success'].values.sum()), 1))} of them, from above": _film(domain, dataset),
+        f"Paths of {min(DRAWN, size)} episodes seen from above: blue reach the goal, orange do not": _paths(domain, dataset),
+        f"A film of {min(FILMED, max(int(dataset['success'].values.sum()), 1))} of them": _film(domain, dataset),
         "Where the episodes start, and how long they take": _starts(domain, dataset, start),
     }
     return [asked_for, Section("Episodes", told, {"Why episodes were rejected": reasons}, pictures)]
@@ -98,7 +98,7 @@ def write(domain: "Motions", asked: Any, question: Question, dataset: xr.Dataset
         mcap.write(folder / "episodes.mcap", told, episodes)
     files.write_text(folder / "scene.xml", scene)
     films = [filmed(domain, row) for row in _shown(dataset)]
-    sheet.write(folder / "contact_sheet.mp4", folder / "contact_sheet.png", films, fps=domain.task.rate)
+    sheet.write(folder / "contact_sheet.mp4", folder / "contact_sheet.png", films, fps=pace(domain))
 
 
 def _shown(dataset: xr.Dataset) -> list[xr.Dataset]:
@@ -108,13 +108,18 @@ def _shown(dataset: xr.Dataset) -> list[xr.Dataset]:
     return [dataset.isel(member=int(member), episode=int(episode)) for member, episode in chosen]
 
 
+def pace(domain: "Motions") -> float:
+    """Pictures a second of a film: every control step's, or every second's, ..., but no more than 25."""
+    return domain.task.rate / math.ceil(domain.task.rate / 25)
+
+
 def filmed(domain: "Motions", episode: xr.Dataset) -> np.ndarray:
-    """Pictures of one episode, `[frame, height, width, 3]`: its actions are played again."""
+    """Pictures of one episode, `[frame, height, width, 3]`, `pace` a second: its actions are played again."""
     length = int(episode["length"].values)
     start = {name: np.asarray(episode[f"start_{name}"].values, np.float64)[None] for name in domain.task.start}
     world = np.array([[float(episode[f"world_{name}"].values) for name in worlds.NAMES]], np.float32)
     action = np.stack([episode[each.name].values for each in domain.task.action], -1)[None, :length]
-    positions = domain.scene.positions(start, world, action)[0]
+    positions = domain.scene.positions(start, world, action)[0, :: round(domain.task.rate / pace(domain))]
     model = domain.scene.marked({name: float(value[0]) for name, value in start.items()})
     return sheet.pictures(model, positions, size=SIZE, light=float(worlds.of(world, "light")[0]))
 
@@ -164,7 +169,7 @@ def _film(domain: "Motions", dataset: xr.Dataset) -> bytes:
     rows = [np.concatenate(whole[first : first + columns], 2) for first in range(0, len(whole), columns)]
     pictures = [Image.fromarray(frame).quantize(64) for frame in np.concatenate(rows, 1)]
     out = io.BytesIO()
-    pictures[0].save(out, format="png", save_all=True, append_images=pictures[1:], duration=round(2000 / domain.task.rate), loop=0)
+    pictures[0].save(out, format="png", save_all=True, append_images=pictures[1:], duration=round(2000 / pace(domain)), loop=0)
     return out.getvalue()
 
 

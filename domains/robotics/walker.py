@@ -152,8 +152,9 @@ class Walk:
         geom, world = mujoco.mjtGeom, spec.worldbody
         touching: dict[str, Any] = {"friction": [0.8, 0.02, 1e-3], "solref": [0.002, 1], "solimp": [0.95, 0.99, 0.001, 0.5, 2]}
         plain = {"contype": 0, "conaffinity": 0}
-        world.add_light(pos=[2, 0, 6])
-        world.add_camera(name="side", pos=[0, -5, 2.5], xyaxes=[1, 0, 0, 0, 0.45, 0.9])
+        world.add_light(type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, pos=[0, 0, 4], dir=[0.4, 0.3, -1], castshadow=False)
+        sky = spec.add_texture(name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, width=64, height=64)
+        sky.builtin, sky.rgb1, sky.rgb2 = mujoco.mjtBuiltin.mjBUILTIN_GRADIENT, [0.85, 0.88, 0.92], [0.6, 0.7, 0.82]
         heights = relief(self.extent, self.spacing, self.pad, 1.0, self.seed)
         spec.add_hfield(
             name="relief", nrow=len(heights), ncol=len(heights), size=[self.extent, self.extent, self.height, 0.1], userdata=heights.ravel()
@@ -166,6 +167,7 @@ class Walk:
         world.add_site(name="goal", type=geom.mjGEOM_CYLINDER, size=[self.tolerance[0], 0.01, 0], rgba=[0, 0.6, 0.3, 0.6])
         trunk = world.add_body(name="trunk", pos=[0, 0, HIGH + FOOT])
         trunk.add_freejoint(name="trunk")
+        trunk.add_camera(name="side", pos=[0, -1.6, 0.8], xyaxes=[1, 0, 0, 0, 0.45, 0.9], mode=mujoco.mjtCamLight.mjCAMLIGHT_TRACK)
         trunk.add_geom(name="trunk", type=geom.mjGEOM_BOX, size=[0.19, 0.06, 0.05], mass=self.mass, rgba=[0.3, 0.4, 0.8, 1], **touching)
         for index, leg in enumerate(LEGS):
             self._leg(spec, trunk, leg, index, touching, plain)
