@@ -271,6 +271,27 @@ def archive(tmp_path):
     return write
 
 
+def test_demonstrations_in_drawn_worlds_make_the_generator_conditional_on_them():
+    """What was varied is scaled by how much; a world beyond what never varied looks the same to the generator."""
+    ranges = {"friction": [0.2, 2.0, "log"], "payload": [0.5, 2.0]}
+    made = demonstrations.scripted(TASK, 6, seed=0, world={"gain": 0.9}, ranges=ranges)
+    worlds_of = np.array([[each.environment[name] for name in ("friction", "payload", "gain", "gravity")] for each in made.episodes])
+    assert len(np.unique(worlds_of[:, 0])) == 6 and (worlds_of[:, :2] > [0.2, 0.5]).all() and (worlds_of[:, :2] < 2).all()
+    assert (worlds_of[:, 2] == np.float32(0.9)).all() and (worlds_of[:, 3] == np.float32(9.81)).all()
+    assert "friction 0.2 to 2.0, payload" in made.source
+    domain = Motions("robotics/push", SHORT, made, window=6, stride=3)
+    statistics = domain.fit()
+    seen = made.episodes[0].observation[0]
+
+    def scalars(**values):
+        return np.asarray(domain.encode(statistics, {"observation": seen, "world": worlds.world(values)})[1])
+
+    assert np.abs(scalars(friction=0.4) - scalars(friction=1.6)).max() > 1
+    np.testing.assert_allclose(scalars(gravity=1.62), scalars(), atol=1e-6)
+    with pytest.raises(BadInput, match="friction"):
+        demonstrations.scripted(TASK, 2, ranges={"friction": [2.0, 0.2]})
+
+
 def test_recorded_demonstrations_are_those_that_were_made(archive):
     made, read = demonstrations.scripted(TASK, 2, seed=1), demonstrations.recorded(TASK, archive())
     for one, other in zip(made.episodes, read.episodes, strict=True):

@@ -2,7 +2,7 @@
 
 import hashlib
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,21 +31,41 @@ class Demonstrations:
 
 
 def scripted(
-    task: Task, count: int, seed: int = 0, region: str = "narrow", wobble: float = 0.25, world: Mapping[str, float] | None = None
+    task: Task,
+    count: int,
+    seed: int = 0,
+    region: str = "narrow",
+    wobble: float = 0.25,
+    world: Mapping[str, float] | None = None,
+    ranges: Mapping[str, Sequence[float | str]] | None = None,
 ) -> Demonstrations:
-    """Successful episodes of the scripted demonstrator, whose hand wobbles. Raises BadInput where it does not succeed."""
+    """Successful episodes of the scripted demonstrator, whose hand wobbles. Raises BadInput where it does not succeed.
+
+    Args:
+      world: what differs from the scene's own, in all of them.
+      ranges: parameters of which every episode draws its own, as in `worlds.draw`: what is learnt is then conditional on them.
+    """
+    ranges = {**{name: [value, value] for name, value in (world or {}).items()}, **(ranges or {})}
     if count < 1:
         raise BadInput(f"demonstrations of {task.name}: expected a count of at least 1, got {count}")
     episodes: list[Episode] = []
     scene, noise = Scene(task), np.random.default_rng(seed)
     for _ in range(20):
         many = max(8, count - len(episodes))
-        start, vector = task.draw(noise, many, region), np.repeat(worlds.world(world)[None], many, 0)
+        start = task.draw(noise, many, region)
+        vector = worlds.draw(noise, many, ranges)
         episodes += successes(task, scene.play(start, vector, wobbling(task, noise, wobble)), vector, seed)
         if len(episodes) >= count:
             source = f"a scripted demonstrator with a wobble of {wobble:g}, starts {region}, simulated by MuJoCo"
+            if ranges:
+                source += f", in worlds of {', '.join(f'{name} {_told(ranges[name])}' for name in ranges)}"
             return Demonstrations(tuple(episodes[:count]), source, "CC0-1.0")
     raise BadInput(f"demonstrations of {task.name}: expected {count} successes, the demonstrator came to {len(episodes)}; a gentler world?")
+
+
+def _told(given: Sequence[float | str]) -> str:
+    low, high = given[:2]
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def successes(task: Task, played: Played, world: np.ndarray, seed: int = 0) -> list[Episode]:

@@ -495,8 +495,9 @@ class Motions:
 
 def _moments(values: np.ndarray, constant: float = 1.0) -> dict[str, np.ndarray]:
     """Mean and scale of each number; the scale of what never changes is `constant`."""
-    scale = values.std(0)
-    return {"mean": values.mean(0).astype(np.float32), "scale": np.where(scale > 1e-6, scale, constant).astype(np.float32)}
+    scale = np.where(np.ptp(values, 0) > 0, values.std(0, np.float64), 0.0)  # rounding gives a constant a deviation, too
+    mean = np.where(scale > 0, values.mean(0, np.float64), values[0])
+    return {"mean": mean.astype(np.float32), "scale": np.where(scale > 1e-6, scale, constant).astype(np.float32)}
 
 
 def _normalised(moments: Mapping[str, Array], values: Array) -> Array:
