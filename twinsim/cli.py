@@ -21,8 +21,8 @@ VERBS = {
     "train": "train the generator, or go on with it",
     "generate": "the same as run, for a scenario on a trained model",
     "evaluate": "score the model and its baselines on held-out truth",
-    "calibrate": "fit what a domain leaves open to observations: a city's trips to traffic counts",
-    "optimise": "find the measures that serve an aim best: a city's tolls and signals",
+    "calibrate": "fit what a domain leaves open to observations: a city's trips to traffic counts, a contact to recorded tosses",
+    "optimise": "find what serves an aim best: a city's tolls and signals, an arm's lengths, gains and gears",
     "report": "print where the report of a run lies, making the run first if need be",
     "verify": "prove that a run's folder is unchanged",
     "reproduce": "run again what a folder records and compare every value",
@@ -46,6 +46,8 @@ examples:
   twinsim evaluate domain=climate/downscale -m seed=0,1,2   a sweep
   twinsim calibrate city network=NET counts=FILE out=FOLDER   trips that agree with traffic counts; or a YAML file with these words
   twinsim optimise city aim.CO2=1 out=FOLDER             tolls or signals that cost least time and CO2; network= and demand= for another
+  twinsim calibrate tosses tosses=FILE out=FOLDER        friction and stiffness of a contact from recorded tosses
+  twinsim optimise robotics task=arm_reach out=FOLDER    arms that reach sooner with less work: a Pareto front
   twinsim plan domain=climate/downscale scale=lumi scale.slurm.nodes=8   what that training will need there; --json
   twinsim status                                         how the sweeps that SLURM runs stand
   twinsim verify out/runs/warm-winter-1a2b3c4d5e         is anything changed, missing or added?
