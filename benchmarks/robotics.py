@@ -153,6 +153,19 @@ def table(measured: dict[str, Any]) -> list[str]:
         )
         cost = f"{part['cpu_s']} CPU s, {part['wall_s']} s on two cores (target: 1,000 in 300 s, reached: {fast})"
         lines += ["", f"{told} and report included: {cost}."]
+    if "physics" in measured:
+        part = measured["physics"]
+        ratios = {name: row["ratio"] for name, row in part.items() if isinstance(row, dict) and "ratio" in row}
+        short, long = ([ratio for name, ratio in ratios.items() if name.endswith(each)] for each in (" 10", " 20"))
+        speed = part["mjx free"]["steps_per_cpu_s"]
+        lines += [
+            "",
+            f"Physics of the arm of seven joints, {part['count']} copies, steps per CPU second in ratio to `mujoco.rollout`"
+            f" ({', '.join(dict.fromkeys(name.rsplit(' ', 1)[0] for name in ratios))}): {' / '.join(f'{each:.2f}' for each in long)} at 20"
+            f" physics steps a control step, as the tasks have them, {' / '.join(f'{each:.2f}' for each in short)} at 10 (target: 0.90,"
+            f" reached: {yes(min(long) >= 0.9)} and {yes(min(short) >= 0.9)}). MJX on a processor, free arm: {speed:,.0f} steps per CPU"
+            f" second (target: 10,000, reached: {yes(speed > 1e4)}). By `make bench-robotics_physics`.",
+        ]
     return [*lines, ""]
 
 
