@@ -37,7 +37,7 @@ def _spec(name: str, rate: float, steps: int) -> mujoco.MjSpec:
     spec.compiler.degree = False
     spec.option.timestep = 1 / (rate * steps)
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    spec.worldbody.add_light(pos=[3, 0, 10])
+    spec.worldbody.add_light(type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, pos=[3, 0, 10], dir=[0.5, 0.4, -1], castshadow=False)
     return spec
 
 
@@ -297,10 +297,10 @@ class Landing:
         weight = (self.mass + self.legs) * MOON
         spec.option.gravity = [0, 0, -MOON]
         world, geom = spec.worldbody, mujoco.mjtGeom
-        world.add_camera(name="side", pos=[0, -25, 8], xyaxes=[1, 0, 0, 0, 0.2, 0.98])
         world.add_geom(name="ground", type=geom.mjGEOM_PLANE, size=[60, 60, 1], rgba=[0.6, 0.6, 0.6, 1])
         world.add_site(name="goal", type=geom.mjGEOM_CYLINDER, size=[self.tolerance[0], 0.01, 0], rgba=[0, 0.6, 0.3, 0.6])
         lander = world.add_body(name="lander")
+        lander.add_camera(name="side", pos=[0, -9, 4], xyaxes=[1, 0, 0, 0, 0.32, 0.95], mode=mujoco.mjtCamLight.mjCAMLIGHT_TRACK)
         _thrusters(spec, lander, {"x": (-weight, weight), "y": (-weight, weight), "z": (0, 3 * weight)})
         lander.add_geom(
             type=geom.mjGEOM_BOX, pos=[0, 0, 1.2], size=[0.5, 0.5, 0.4], mass=self.mass, contype=0, conaffinity=0, rgba=[0.8, 0.7, 0.3, 1]
