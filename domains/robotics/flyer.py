@@ -124,7 +124,7 @@ class Inspection:
         spec = _spec(self.name, self.rate, self.steps)
         spec.option.gravity = [0, 0, 0]
         world, geom = spec.worldbody, mujoco.mjtGeom
-        world.add_camera(name="side", pos=[0, -6, 2], xyaxes=[1, 0, 0, 0, 0.32, 0.95])
+        world.add_camera(name="side", pos=[0, -4.2, 1.4], xyaxes=[1, 0, 0, 0, 0.32, 0.95])
         world.add_geom(
             name="module", type=geom.mjGEOM_CAPSULE, fromto=[0, 0, -1.2, 0, 0, 1.2], size=[self.radius, 0, 0], rgba=[0.8, 0.8, 0.8, 1]
         )
