@@ -43,7 +43,6 @@ def test_a_run_delivers_episodes_that_play_again(out: Path, capsys: pytest.Captu
     assert "Why episodes were rejected" in (folder / "report.html").read_text()
     capsys.readouterr()
     assert cli.main(["verify", str(folder)]) == 0
-    assert cli.main(["reproduce", str(folder)]) == 0
 
 
 def test_no_episode_that_holds_is_no_dataset(out: Path, capsys: pytest.CaptureFixture) -> None:

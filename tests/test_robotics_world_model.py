@@ -344,8 +344,8 @@ def test_any_task_can_be_learnt():
 
 @pytest.mark.slow
 def test_demonstrator_succeeds_in_the_model_as_it_does_in_the_simulator(tmp_path):
-    """And one plans in it, whose plans then succeed in the simulator; with a tenth of the episodes and of the training."""
-    words = ["domain=robotics/push_model", f"out={tmp_path}", "train.steps=400", "domain.record.count=60", "domain.record.held_out=6"]
+    """And one plans in it, whose plans then succeed in the simulator; with a fraction of the episodes and of the training."""
+    words = ["domain=robotics/push_model", f"out={tmp_path}", "train.steps=300", "domain.record.count=45", "domain.record.held_out=6"]
     with jax.numpy_rank_promotion("allow"):
         model = run.training(run.resolve(cli._compose(words)), lambda name: contextlib.nullcontext(lambda *_: None))
         stepper = imagined.trained(model.domain, model)
