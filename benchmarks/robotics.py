@@ -115,8 +115,8 @@ def thousand(given: argparse.Namespace) -> None:
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     after, wall = os.times(), time.perf_counter() - began
     spent = after.children_user + after.children_system - before.children_user - before.children_system
-    (run_folder,) = (out / "runs").iterdir()
-    with (run_folder / "lerobot" / "meta" / "info.json").open() as file:
+    (info_file,) = out.glob("runs/*/lerobot/meta/info.json")
+    with info_file.open() as file:
         info = json.load(file)
     measured = {"episodes": info["total_episodes"], "frames": info["total_frames"], "cpu_s": round(spent), "wall_s": round(wall)}
     print(json.dumps(measured))
