@@ -13,7 +13,10 @@ from domains.robotics.worlds import world
 from twinsim import cli
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
-TINY = ["set.starts=6", "domain.exam_starts=4", "domain.demonstrations.count=6", "train.steps=400", "train.batch=64", "generate.tile=6", "evaluate.members=2"]
+TINY = [
+    *("set.starts=6", "domain.exam_starts=4", "domain.demonstrations.count=6"),
+    *("train.steps=400", "train.batch=64", "generate.tile=6", "evaluate.members=2"),
+]
 
 
 @pytest.fixture(scope="module")
