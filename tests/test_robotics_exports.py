@@ -536,11 +536,12 @@ def test_a_video_of_odd_size_or_no_video_is_answered_by_a_sentence(tmp_path: Pat
 # ---------------------------------------------------------------- Gymnasium
 
 
-def test_gymnasium_accepts_the_environment() -> None:
+@pytest.mark.parametrize("name", ["PlanarPush", "ArmReach", "ArmPush", "ArmPick", "Inspection", "Landing", "Walk"])
+def test_gymnasium_accepts_the_environments(name: str) -> None:
     gymnasium = pytest.importorskip("gymnasium")
     from gymnasium.utils.env_checker import check_env
 
-    check_env(gymnasium.make("domains.robotics.environments:twinsim/PlanarPush-v0").unwrapped)
+    check_env(gymnasium.make(f"domains.robotics.environments:twinsim/{name}-v0").unwrapped)
 
 
 def test_the_demonstrator_reaches_the_goal_in_the_environment() -> None:

@@ -172,7 +172,7 @@ def test_the_chain_is_the_models() -> None:
         mujoco.mj_kinematics(model, data)
         hand = model.body("link7").id
         np.testing.assert_allclose(data.xpos[hand] + data.xmat[hand].reshape(3, 3) @ arm.OFFSET[-1], place, atol=1e-12)
-    jacobian, step = arm.jacobian(joints), 1e-6
+    jacobian, step = arm.Build().chain.jacobian(joints), 1e-6
     for joint in range(arm.JOINTS):
         change = step * np.eye(arm.JOINTS)[joint]
         slope = (arm.tool(joints + change) - arm.tool(joints - change)) / (2 * step)

@@ -14,8 +14,10 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
-from domains.robotics.frames import at_most_one, less
+from domains.robotics.frames import at_most_one, less, mirror, moves, place_channels, places, scalars, stretched, towards
+from domains.robotics.kinematics import Chain
 from domains.robotics.physics import CStepper
+from domains.robotics.reach import Reaching
 from domains.robotics.tasks import Channel, Start
 from twinsim.base import Array, BadInput, Variable
 
@@ -64,54 +66,26 @@ class Build:
         scale[2], scale[4] = self.upper, self.fore
         return np.where(np.eye(3)[2] > 0, OFFSET * scale, OFFSET)  # elbows stay as wide as they are
 
+    @property
+    def chain(self) -> Chain:
+        return _chain(self.offset)
+
 
 # ---------------------------------------------------------------- kinematics
 
 
-def _chain(joints: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Place of the tool `[count, 3]`, its rotation `[count, 3, 3]`, and of all joints their places and axes `[count, joint, 3]`."""
-    count = len(joints)
-    place, turn = np.zeros((count, 3)), np.tile(np.eye(3), (count, 1, 1))
-    places, axes = np.zeros((count, JOINTS, 3)), np.zeros((count, JOINTS, 3))
-    for joint in range(JOINTS):
-        place = place + np.einsum("nij,j->ni", turn, offset[joint])
-        places[:, joint], axes[:, joint] = place, np.einsum("nij,j->ni", turn, AXIS[joint])
-        k = np.cross(np.eye(3), AXIS[joint])  # Rodrigues: R = I + sin K + (1 - cos) K K
-        sine, cosine = np.sin(joints[:, joint])[:, None, None], np.cos(joints[:, joint])[:, None, None]
-        turn = np.einsum("nij,njk->nik", turn, np.eye(3) + sine * k + (1 - cosine) * (k @ k))
-    return place + np.einsum("nij,j->ni", turn, offset[JOINTS]), turn, places, axes
+def _chain(offset: np.ndarray) -> Chain:
+    return Chain(offset, np.tile(np.eye(3), (JOINTS + 1, 1, 1)), AXIS, np.zeros(JOINTS, bool), LOWER, UPPER, REST)
 
 
 def tool(joints: np.ndarray, offset: np.ndarray = OFFSET) -> np.ndarray:
     """Where the tool is, m, `[count, 3]`, for joint angles `[count, 7]`, rad."""
-    return _chain(joints, offset)[0]
-
-
-def jacobian(joints: np.ndarray, offset: np.ndarray = OFFSET) -> np.ndarray:
-    """Velocity of the tool, m/s, and its rotation, rad/s, for the speed of each joint: `[count, 6, 7]`."""
-    place, _, places, axes = _chain(joints, offset)
-    return np.concatenate([np.cross(axes, place[:, None] - places), axes], 2).swapaxes(1, 2)
+    return _chain(offset).tool(joints)
 
 
 def joints_at(place: np.ndarray, near: np.ndarray | None = None, rounds: int = 40, offset: np.ndarray = OFFSET) -> np.ndarray:
-    """Joint angles, rad, `[count, 7]`, that bring the tool to `place`, m, `[count, 3]`, looking down, or as near as it gets.
-
-    Damped least squares (Wampler 1986, IEEE Trans. SMC 16:93), the arm's spare freedom drawn towards REST.
-
-    Args:
-      near: angles to begin from; REST by default.
-    """
-    joints = np.repeat(REST[None], len(place), 0) if near is None else np.clip(near, LOWER, UPPER)
-    for _ in range(rounds):
-        at, turn, places, axes = _chain(joints, offset)
-        tilt = 0.5 * np.cross(turn.swapaxes(1, 2), np.eye(3)).sum(1)  # axis times sine of the angle back to upright
-        error = np.concatenate([np.clip(place - at, -0.1, 0.1), tilt], 1)
-        j = np.concatenate([np.cross(axes, at[:, None] - places), axes], 2).swapaxes(1, 2)
-        inverse = j.swapaxes(1, 2) @ np.linalg.inv(j @ j.swapaxes(1, 2) + 1e-4 * np.eye(6))
-        spare = 0.05 * (REST - joints)
-        spare = spare - np.einsum("nij,nj->ni", inverse, np.einsum("nij,nj->ni", j, spare))
-        joints = np.clip(joints + np.einsum("nij,nj->ni", inverse, error) + spare, LOWER, UPPER)
-    return joints
+    """Joint angles, rad, `[count, 7]`, that bring the tool to `place`, m, `[count, 3]`, looking down (see `Chain.joints_at`)."""
+    return _chain(offset).joints_at(place, near, rounds, upright=True)
 
 
 # ---------------------------------------------------------------- scene
@@ -228,22 +202,6 @@ def _joint_channels() -> tuple[Channel, ...]:
     return (*angles, *(Channel(f"joint{i + 1}_speed", "rad s-1", -FASTEST, FASTEST) for i in range(JOINTS)))
 
 
-def _place_channels(name: str) -> tuple[Channel, ...]:
-    return tuple(Channel(f"{name}_{axis}", "m", -2.0, 2.0) for axis in "xyz")
-
-
-def _moves(axes: str) -> tuple[Channel, ...]:
-    return tuple(Channel(f"move_{axis}", "1", -1.0, 1.0) for axis in axes)
-
-
-def _scalars(**axes: str) -> dict[str, Variable]:
-    return {f"{thing}_{axis}": Variable((), "m", f"{thing} at the start, {axis}") for thing, each in axes.items() for axis in each}
-
-
-def _given(start: Start, thing: str, axes: str) -> np.ndarray:
-    return np.stack([np.atleast_1d(np.asarray(start[f"{thing}_{axis}"], np.float64)) for axis in axes], -1)
-
-
 def _checked(task: str, thing: str, place: np.ndarray, offset: np.ndarray) -> None:
     """Raises BadInput where the tool cannot be brought to places `[count, 3]`."""
     if not np.isfinite(place).all():
@@ -270,34 +228,12 @@ def _command(joints: np.ndarray, place: np.ndarray, offset: np.ndarray) -> np.nd
     return joints + np.clip(wanted - joints, -HASTE, HASTE)
 
 
-def _towards(apart: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Unit vectors along the horizontal direction of `apart`, across and up, as rows `[3, 3]`, and the horizontal distance, m."""
-    far = jnp.sqrt((apart[:2] ** 2).sum() + 1e-12)
-    x, y = apart[0] / far, apart[1] / far
-    zero, one = jnp.zeros_like(x), jnp.ones_like(x)
-    return jnp.stack([jnp.stack([x, y, zero]), jnp.stack([-y, x, zero]), jnp.stack([zero, zero, one])]), far
-
-
-def _mirror(axes: jax.Array) -> jax.Array:
-    """The matrix that swaps left and right of the line that `axes` look along."""
-    return axes.T @ jnp.diag(jnp.array([1.0, -1.0, 1.0], axes.dtype)) @ axes
-
-
-def _stretched(way: jax.Array, old: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Points `[frame, 3]` about a line from one place to another, turned, stretched and sheared with it to another line."""
-    (before, far), (now, wide) = _towards(old[1] - old[0]), _towards(new[1] - new[0])
-    along, across, up = (less(way, old[0]) @ before.T).T
-    share = jnp.clip(along / far, 0.0, 1.0)
-    up = up + share * ((new[1] - new[0])[2] - (old[1] - old[0])[2])
-    return less(jnp.stack([along * wide / far, across, up], -1) @ now, -new[0])
-
-
 # ---------------------------------------------------------------- reach
 
 
 @dataclass(frozen=True)
-class ArmReach:
-    """The task (see `tasks.Task`). Its own frame stands on the tool and looks at the goal."""
+class ArmReach(Reaching):
+    """The arm of this module brings its tool to a place."""
 
     name: str = "arm_reach"
     robot: str = "arm of seven joints with peg"
@@ -307,18 +243,19 @@ class ArmReach:
     frames: int = 80
     hold: int = 5
     build: Build = Build()
-    observation: Sequence[Channel] = (*_joint_channels(), *_place_channels("tool"), *_place_channels("goal"))
-    action: Sequence[Channel] = _moves("xyz")
-    planned: Sequence[Channel] = _place_channels("way")
+    observation: Sequence[Channel] = (*_joint_channels(), *place_channels("tool"), *place_channels("goal"))
+    action: Sequence[Channel] = moves("xyz")
+    planned: Sequence[Channel] = place_channels("way")
     handled: Sequence[str] = ("link7",)
     load: float = 20.0
 
-    start: ClassVar[Mapping[str, Variable]] = _scalars(tool="xyz", goal="xyz")
     regions: ClassVar[Mapping[str, Any]] = {
         "narrow": (np.tile([0.45, -0.12, 0.15], 2), np.tile([0.60, 0.12, 0.35], 2)),
         "wide": (np.tile([0.35, -0.35, 0.08], 2), np.tile([0.65, 0.35, 0.50], 2)),
     }
-    tolerance: ClassVar[float] = 0.02  # m
+    tolerance: float = 0.02
+    pace: float = REACH
+    slow: float = 0.05
 
     def spec(self) -> mujoco.MjSpec:
         return arm_spec(self.name, self.rate, self.steps, gripper=False, cube=False, build=self.build)
@@ -328,56 +265,19 @@ class ArmReach:
 
     def place(self, start: Start) -> np.ndarray:
         for thing in ("tool", "goal"):
-            _checked(self.name, thing, _given(start, thing, "xyz"), self.build.offset)
-        return joints_at(_given(start, "tool", "xyz"), offset=self.build.offset)
+            _checked(self.name, thing, places(start, thing, "xyz"), self.build.offset)
+        return joints_at(places(start, "tool", "xyz"), offset=self.build.offset)
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         return worlds.fields(model, world, self.handled)
 
-    def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
-        return start["goal_x"], start["goal_y"], start["goal_z"]
-
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
-        goal = np.broadcast_to(_given(start, "goal", "xyz"), (stepper.count, 3))
+        goal = np.broadcast_to(places(start, "goal", "xyz"), (stepper.count, 3))
         return np.concatenate([stepper.position, stepper.velocity, tool(stepper.position, self.build.offset), goal], 1)
 
     def control(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         joints = observation[:, :JOINTS]
         return _command(joints, tool(joints, self.build.offset) + REACH * np.clip(action, -1, 1), self.build.offset)
-
-    def demonstrate(self, observation: np.ndarray) -> np.ndarray:
-        return at_most_one((observation[:, 17:20] - observation[:, 14:17]) / 0.05)
-
-    def track(self, way: np.ndarray, observation: np.ndarray) -> np.ndarray:
-        return at_most_one((way - observation[:, 14:17]) / REACH)
-
-    def way(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
-        return observation[..., 14:17] + REACH * action
-
-    def off(self, observation: Array) -> jax.Array:
-        apart = jnp.asarray(observation[..., 14:17] - observation[..., 17:20])
-        return jnp.maximum(jnp.linalg.norm(apart, axis=-1) - self.tolerance, 0.0)
-
-    def features(self, observation: jax.Array) -> jax.Array:
-        apart = observation[17:20] - observation[14:17]
-        _, far = _towards(apart)
-        left = jnp.sqrt(far**2 + apart[2] ** 2)
-        return jnp.stack([far / left, apart[2] / left, jnp.minimum(far, 0.15) / 0.05, jnp.clip(apart[2], -0.15, 0.15) / 0.05])
-
-    def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return less(way, observation[14:17]) @ _towards(observation[17:20] - observation[14:17])[0].T / REACH
-
-    def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        return less(REACH * way @ _towards(observation[17:20] - observation[14:17])[0], -observation[14:17])
-
-    def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
-        """Turned and stretched from where the tool begins to the goal."""
-        return _stretched(way, (before[14:17], before[17:20]), (now[14:17], now[17:20]))
-
-    def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Left and right of the line to the goal; the arm's joints, which the features leave out, stay."""
-        tip = observation[14:17]
-        return observation, less(less(way, tip) @ _mirror(_towards(observation[17:20] - tip)[0]), -tip)
 
 
 # ---------------------------------------------------------------- push
@@ -397,19 +297,19 @@ class ArmPush:
     build: Build = Build()
     observation: Sequence[Channel] = (
         *_joint_channels(),
-        *_place_channels("tool"),
-        *_place_channels("cube"),
+        *place_channels("tool"),
+        *place_channels("cube"),
         Channel("cube_heading", "rad", -np.pi, np.pi),
         *(Channel(f"cube_speed_{axis}", "m s-1", -3.0, 3.0) for axis in "xyz"),
         Channel("goal_x", "m", -2.0, 2.0),
         Channel("goal_y", "m", -2.0, 2.0),
     )
-    action: Sequence[Channel] = _moves("xy")
-    planned: Sequence[Channel] = _place_channels("way")[:2]
+    action: Sequence[Channel] = moves("xy")
+    planned: Sequence[Channel] = place_channels("way")[:2]
     handled: Sequence[str] = ("cube",)
     load: float = 20.0
 
-    start: ClassVar[Mapping[str, Variable]] = _scalars(cube="xy", goal="xy")
+    start: ClassVar[Mapping[str, Variable]] = scalars(cube="xy", goal="xy")
     regions: ClassVar[Mapping[str, Any]] = {
         "narrow": (np.tile([0.44, -0.12], 2), np.tile([0.60, 0.12], 2)),
         "wide": (np.tile([0.38, -0.25], 2), np.tile([0.64, 0.25], 2)),
@@ -431,7 +331,7 @@ class ArmPush:
         return dict(zip(self.start, found[:count].T, strict=True))
 
     def place(self, start: Start) -> np.ndarray:
-        cube, goal = (np.insert(_given(start, thing, "xy"), 2, self.home[2], 1) for thing in ("cube", "goal"))
+        cube, goal = (np.insert(places(start, thing, "xy"), 2, self.home[2], 1) for thing in ("cube", "goal"))
         for thing, place in (("cube", cube), ("goal", goal)):
             _checked(self.name, thing, place, self.build.offset)
         apart = np.hypot(cube[:, 0] - self.home[0], cube[:, 1] - self.home[1])
@@ -451,7 +351,7 @@ class ArmPush:
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         position, velocity = stepper.position, stepper.velocity
-        goal = np.broadcast_to(_given(start, "goal", "xy"), (stepper.count, 2))
+        goal = np.broadcast_to(places(start, "goal", "xy"), (stepper.count, 2))
         joints, cube = position[:, :JOINTS], position[:, JOINTS:]
         w, x, y, z = cube[:, 3:].T
         heading = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y**2 + z**2))
@@ -497,7 +397,7 @@ class ArmPush:
         return jnp.maximum(jnp.linalg.norm(apart, axis=-1) - self.tolerance, 0.0)
 
     def _axes(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        axes, left = _towards(observation[24:26] - observation[17:19])
+        axes, left = towards(observation[24:26] - observation[17:19])
         return axes[:2, :2], left
 
     def features(self, observation: jax.Array) -> jax.Array:
@@ -552,18 +452,18 @@ class ArmPick:
     build: Build = Build()
     observation: Sequence[Channel] = (
         *_joint_channels(),
-        *_place_channels("tool"),
+        *place_channels("tool"),
         Channel("opening", "m", -0.01, 2 * FINGER + 0.01),
-        *_place_channels("cube"),
+        *place_channels("cube"),
         *(Channel(f"cube_speed_{axis}", "m s-1", -3.0, 3.0) for axis in "xyz"),
-        *_place_channels("goal"),
+        *place_channels("goal"),
     )
-    action: Sequence[Channel] = (*_moves("xyz"), Channel("open", "1", -1.0, 1.0))
-    planned: Sequence[Channel] = (*_place_channels("way"), Channel("open", "1", -1.0, 1.0))
+    action: Sequence[Channel] = (*moves("xyz"), Channel("open", "1", -1.0, 1.0))
+    planned: Sequence[Channel] = (*place_channels("way"), Channel("open", "1", -1.0, 1.0))
     handled: Sequence[str] = ("cube",)
     load: float = 20.0
 
-    start: ClassVar[Mapping[str, Variable]] = _scalars(cube="xy", goal="xyz")
+    start: ClassVar[Mapping[str, Variable]] = scalars(cube="xy", goal="xyz")
     regions: ClassVar[Mapping[str, Any]] = {
         "narrow": (np.array([0.45, -0.12, 0.45, -0.12, 0.15]), np.array([0.60, 0.12, 0.60, 0.12, 0.25])),
         "wide": (np.array([0.36, -0.30, 0.36, -0.30, 0.10]), np.array([0.64, 0.30, 0.64, 0.30, 0.40])),
@@ -578,7 +478,7 @@ class ArmPick:
         return dict(zip(self.start, _drawn(self.name, noise, count, region, self.regions, list(self.start)).T, strict=True))
 
     def place(self, start: Start) -> np.ndarray:
-        cube, goal = np.insert(_given(start, "cube", "xy"), 2, CUBE, 1), _given(start, "goal", "xyz")
+        cube, goal = np.insert(places(start, "cube", "xy"), 2, CUBE, 1), places(start, "goal", "xyz")
         for thing, place in (("cube", cube), ("goal", goal)):
             _checked(self.name, thing, place, self.build.offset)
         if (goal[:, 2] < CUBE).any():
@@ -594,7 +494,7 @@ class ArmPick:
 
     def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
         position, velocity = stepper.position, stepper.velocity
-        goal = np.broadcast_to(_given(start, "goal", "xyz"), (stepper.count, 3))
+        goal = np.broadcast_to(places(start, "goal", "xyz"), (stepper.count, 3))
         joints, opening, cube = position[:, :7], position[:, 7:9].sum(1, keepdims=True), position[:, 9:12]
         return np.concatenate([joints, velocity[:, :7], tool(joints, self.build.offset), opening, cube, velocity[:, 9:12], goal], 1)
 
@@ -639,7 +539,7 @@ class ArmPick:
 
     def features(self, observation: jax.Array) -> jax.Array:
         apart = self._apart(observation)
-        _, far = _towards(apart)
+        _, far = towards(apart)
         height = apart[2]
         left = jnp.sqrt(far**2 + height**2 + 1e-12)
         near = [jnp.minimum(far, 0.03) / 0.01, jnp.minimum(far, 0.15) / 0.05, jnp.clip(height, -0.03, 0.03) / 0.01]
@@ -648,17 +548,17 @@ class ArmPick:
         return jnp.stack([far / left, height / left, *near, jnp.clip(height, -0.15, 0.15) / 0.05, opening, held])
 
     def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        axes = _towards(self._apart(observation))[0]
+        axes = towards(self._apart(observation))[0]
         return jnp.concatenate([less(way[..., :3], observation[14:17]) @ axes.T / REACH, way[..., 3:]], -1)
 
     def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
-        axes = _towards(self._apart(observation))[0]
+        axes = towards(self._apart(observation))[0]
         return jnp.concatenate([less(REACH * way[..., :3] @ axes, -observation[14:17]), way[..., 3:]], -1)
 
     def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
         """Turned and stretched from where the tool begins to the cube and, once the fingers close, from there to the goal."""
         fetch, carry = (
-            _stretched(way[:, :3], (before[one], before[other]), (now[one], now[other]))
+            stretched(way[:, :3], (before[one], before[other]), (now[one], now[other]))
             for one, other in ((slice(14, 17), slice(18, 21)), (slice(18, 21), slice(24, 27)))
         )
         closed = jnp.cumsum(way[:, 3:] < 0, 0) > 2  # a wobbling hand closes for a moment
@@ -667,7 +567,7 @@ class ArmPick:
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of where the tool has to go; the arm's joints, which the features leave out, stay."""
         tip = observation[14:17]
-        flip = _mirror(_towards(self._apart(observation))[0])
+        flip = mirror(towards(self._apart(observation))[0])
         return observation, jnp.concatenate([less(less(way[..., :3], tip) @ flip, -tip), way[..., 3:]], -1)
 
 

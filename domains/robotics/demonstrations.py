@@ -1,6 +1,5 @@
 """Demonstrations: episodes of a task done well, made by its scripted demonstrator or recorded."""
 
-import hashlib
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import numpy as np
 
 from domains.robotics import lerobot, worlds
 from domains.robotics.episodes import Episode, check, layout_of
-from domains.robotics.tasks import Played, Scene, Start, Task, reached, wobbling
+from domains.robotics.tasks import Played, Scene, Start, Task, file_records, reached, wobbling
 from twinsim.base import BadInput
 
 
@@ -89,17 +88,9 @@ def recorded(task: Task, path: str, licence: str = "not stated") -> Demonstratio
     episodes = lerobot.read(place, wanted)[1] if place.is_dir() else _arrays(place)
     check(wanted, episodes, path)
     files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
-    told = [
-        {
-            "name": file.name,
-            "place": str(file),
-            "licence": licence,
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            "size": file.stat().st_size,
-        }
-        for file in files
-    ]
-    return Demonstrations(tuple(each for each in episodes if each.success), f"recorded, {place.name}", licence, tuple(told))
+    return Demonstrations(
+        tuple(each for each in episodes if each.success), f"recorded, {place.name}", licence, file_records(files, licence)
+    )
 
 
 def _arrays(path: Path) -> list[Episode]:

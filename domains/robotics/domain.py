@@ -22,7 +22,7 @@ import xarray as xr
 from domains.robotics import baselines, results, scores, worlds
 from domains.robotics.demonstrations import Demonstrations, start_from, start_of, windows
 from domains.robotics.episodes import Episode
-from domains.robotics.tasks import LATEST, Played, Scene, Task, reached
+from domains.robotics.tasks import LATEST, Played, Scene, Task, inputs, reached
 from twinsim import scenario as scenarios
 from twinsim.base import (
     Array,
@@ -143,7 +143,7 @@ class Motions:
         return results.limits(self)
 
     def inputs(self) -> Sequence[Mapping[str, Any]]:
-        return self.demonstrations.files
+        return [*self.demonstrations.files, *inputs(self.task)]
 
     @cached_property
     def scene(self) -> Scene:

@@ -11,17 +11,27 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from domains.robotics import sheet, worlds
+from domains.robotics.arm import ArmPick, ArmPush, ArmReach
+from domains.robotics.flyer import Inspection, Landing
 from domains.robotics.push import PlanarPush
-from domains.robotics.tasks import LATEST, Scene, Task
+from domains.robotics.reach import OwnReach
+from domains.robotics.tasks import LATEST, Scene, Task, environment_id
+from domains.robotics.walker import Walk
 from twinsim.base import BadInput
 
-PLANAR_PUSH = "twinsim/PlanarPush-v0"
+TASKS = {environment_id(task): task for task in (PlanarPush, ArmReach, ArmPush, ArmPick, Inspection, Landing, Walk, OwnReach)}
 PICTURE = 240  # pixels
 
 
-def planar_push(**options: Any) -> "TaskEnvironment":
-    """The planar push; options are those of `TaskEnvironment`."""
-    return TaskEnvironment(cast(Task, PlanarPush()), **options)  # frozen, where the protocol's attributes may be set
+def make(
+    task: str,
+    region: str = "wide",
+    world: Mapping[str, float] | None = None,
+    render_mode: str | None = None,
+    **options: Any,
+) -> "TaskEnvironment":
+    """The environment of a task of TASKS; `options` are the task's own, as the model and the tool of OwnReach."""
+    return TaskEnvironment(cast(Task, TASKS[task](**options)), region, world, render_mode)
 
 
 class TaskEnvironment(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -82,4 +92,5 @@ class TaskEnvironment(gymnasium.Env[np.ndarray, np.ndarray]):
         return {"success": success, "off": float(self.task.off(seen)[0])}
 
 
-gymnasium.register(PLANAR_PUSH, entry_point="domains.robotics.environments:planar_push")
+for name in TASKS:
+    gymnasium.register(name, entry_point="domains.robotics.environments:make", kwargs={"task": name})

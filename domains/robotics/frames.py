@@ -1,4 +1,4 @@
-"""Frames that tasks are learnt in, and starts drawn from regions: what several tasks share."""
+"""Frames that tasks are learnt in, and starts drawn from regions or given: what several tasks share."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domains.robotics.tasks import Start
-from twinsim.base import BadInput
+from domains.robotics.tasks import Channel, Start
+from twinsim.base import BadInput, Variable
 
 
 def less(way: jax.Array, place: jax.Array) -> jax.Array:
@@ -49,3 +49,43 @@ def given(task: Any, start: Start, bounds: Mapping[str, tuple[float, float]]) ->
             kind = "finite" if not np.isfinite(values[wrong][0]) else f"{lower:g} to {upper:g}"
             raise BadInput(f"{task.name}: {name}: expected {kind} {task.start[name].units}, got {values[wrong][0]:g}")
     return np.stack([np.atleast_1d(np.asarray(start[name], np.float64)) for name in task.start], -1)
+
+
+def scalars(**axes: str) -> dict[str, Variable]:
+    """Of each thing, where it is at the start along each of its axes, m."""
+    return {f"{thing}_{axis}": Variable((), "m", f"{thing} at the start, {axis}") for thing, each in axes.items() for axis in each}
+
+
+def places(start: Start, thing: str, axes: str) -> np.ndarray:
+    """Where a thing is at the start, m, `[count, axis]`."""
+    return np.stack([np.atleast_1d(np.asarray(start[f"{thing}_{axis}"], np.float64)) for axis in axes], -1)
+
+
+def place_channels(name: str) -> tuple[Channel, ...]:
+    """Of a place near a robot on a table."""
+    return tuple(Channel(f"{name}_{axis}", "m", -2.0, 2.0) for axis in "xyz")
+
+
+def moves(axes: str) -> tuple[Channel, ...]:
+    """Actions that send something off along axes, 1 at most."""
+    return tuple(Channel(f"move_{axis}", "1", -1.0, 1.0) for axis in axes)
+
+
+def towards(apart: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Unit vectors along the horizontal direction of `apart`, across and up, as rows `[3, 3]`, and the horizontal distance, m."""
+    far = jnp.sqrt((apart[:2] ** 2).sum() + 1e-12)
+    return rows(apart[0] / far, apart[1] / far, jnp.ones_like(far)), far
+
+
+def mirror(axes: jax.Array) -> jax.Array:
+    """The matrix that swaps left and right of the line that `axes` look along."""
+    return axes.T @ jnp.diag(jnp.array([1.0, -1.0, 1.0], axes.dtype)) @ axes
+
+
+def stretched(way: jax.Array, old: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Points `[frame, 3]` about a line from one place to another, turned, stretched and sheared with it to another line."""
+    (before, far), (now, wide) = towards(old[1] - old[0]), towards(new[1] - new[0])
+    along, across, up = (less(way, old[0]) @ before.T).T
+    share = jnp.clip(along / far, 0.0, 1.0)
+    up = up + share * ((new[1] - new[0])[2] - (old[1] - old[0])[2])
+    return less(jnp.stack([along * wide / far, across, up], -1) @ now, -new[0])

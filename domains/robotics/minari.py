@@ -30,6 +30,8 @@ def write(folder: Path, layout: Layout, episodes: Sequence[Episode], *, name: st
         from gymnasium.spaces import Box
         from minari.data_collector import EpisodeBuffer
         from minari.dataset.minari_storage import MinariStorage
+
+        from domains.robotics import environments  # noqa: F401 (makes them known to Gymnasium)
     except ImportError:
         raise BadInput("Minari: expected minari and h5py, which are not installed: pip install 'twinsim[robotics]'") from None
     namespace, _, last = name.rpartition("/")

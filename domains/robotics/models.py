@@ -51,12 +51,21 @@ class Opened:
     Attributes:
       model: of MuJoCo. form: "MJCF" or "URDF". files: that it was made of, relative to the folder of the first.
       notes: what its author may not have meant, a sentence each.
+      copies: the folder of the screened files, which lasts as long as this; `main`: the first of them.
     """
 
     model: mujoco.MjModel
     form: str
     files: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    copies: "tempfile.TemporaryDirectory[str]"
+    main: str
+
+    def spec(self) -> mujoco.MjSpec:
+        """What the model is compiled from, to add to. Its meshes are read from the copies when it is compiled."""
+        spec = mujoco.MjSpec.from_file(str(Path(self.copies.name) / self.main))
+        spec.compiler.fusestatic = False  # bodies keep their names
+        return spec
 
 
 LIMITS = Limits()
@@ -73,11 +82,13 @@ def read(path: str | os.PathLike, limits: Limits = LIMITS) -> Opened:
     """A model of a .xml, .mjcf or .urdf file and what lies beside it. Raises BadInput in one sentence: file, element, what was expected."""
     main = Path(path)
     found = screen(main, limits)
-    model = _compiled(main, found, limits)
+    copies = tempfile.TemporaryDirectory(prefix="twinsim-model-")
+    model = _compiled(main, found, limits, Path(copies.name))
     for name in ("qpos0", "body_pos", "body_quat", "body_mass", "body_inertia", "geom_size", "geom_pos", "jnt_range", "mesh_vert"):
         if not np.isfinite(getattr(model, name)).all():
             raise BadInput(f"{main}: expected a model of finite numbers, got others in {name} once it was compiled")
-    return Opened(model, found.form, tuple(sorted(name for name in found.files if (found.folder / name).is_file())), tuple(found.notes))
+    files = tuple(sorted(name for name in found.files if (found.folder / name).is_file()))
+    return Opened(model, found.form, files, tuple(found.notes), copies, main.name)
 
 
 # ---------------------------------------------------------------- what is written
@@ -326,14 +337,14 @@ except (ValueError, MemoryError, RuntimeError, mujoco.FatalError) as error:
 """
 
 
-def _compiled(main: Path, found: Screened, limits: Limits) -> mujoco.MjModel:
-    """The model, compiled by another process from copies of the screened files."""
+def _compiled(main: Path, found: Screened, limits: Limits, copies: Path) -> mujoco.MjModel:
+    """The model, compiled by another process from copies of the screened files, which are put into a folder."""
+    for name, data in found.files.items():
+        copy = copies / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(data.replace(PACKAGE.encode(), b"") if name == main.name and found.form == "URDF" else data)
     with tempfile.TemporaryDirectory(prefix="twinsim-model-") as scratch:
-        for name, data in found.files.items():
-            copy = Path(scratch) / "model" / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(data.replace(PACKAGE.encode(), b"") if name == main.name and found.form == "URDF" else data)
-        source, target = Path(scratch) / "model" / main.name, Path(scratch) / "model.mjb"
+        source, target = copies / main.name, Path(scratch) / "model.mjb"
         kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
         words = [source, target, limits.memory, limits.cpu, Path(mujoco.__file__).parents[1]]
         try:
@@ -352,4 +363,4 @@ def _compiled(main: Path, found: Screened, limits: Limits) -> mujoco.MjModel:
                 f"{main}: expected a model that compiles within {limits.cpu} s of CPU and {limits.memory / 1e9:g} GB,"
                 f" the compiler was stopped (signal {-done.returncode})"
             )
-        raise BadInput(f"{main}: expected a model that MuJoCo compiles, got: {said[-1].replace(scratch + '/model/', '')}")
+        raise BadInput(f"{main}: expected a model that MuJoCo compiles, got: {said[-1].replace(f'{copies}/', '')}")

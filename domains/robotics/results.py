@@ -11,6 +11,7 @@ import xarray as xr
 
 from domains.robotics import lerobot, mcap, minari, robomimic, sheet, worlds
 from domains.robotics.episodes import layout_of
+from domains.robotics.tasks import environment_id, inputs
 from twinsim import files
 from twinsim.base import BadInput, Question, Section
 
@@ -88,12 +89,14 @@ def write(domain: "Motions", asked: Any, question: Question, dataset: xr.Dataset
     if formats & {"lerobot", "robomimic", "minari", "mcap"} and not episodes:
         raise BadInput(f"scenario {asked.title!r}: expected episodes that hold, to write as {', '.join(sorted(formats))}, none does")
     scene = domain.task.spec().to_xml()
+    environment = "" if inputs(domain.task) else environment_id(type(domain.task))  # one whose files are elsewhere cannot be made again
     if "lerobot" in formats:
         lerobot.write(folder / "lerobot", told, episodes)
     if "robomimic" in formats:
-        robomimic.write(folder / "robomimic.hdf5", told, episodes, model=scene)
+        robomimic.write(folder / "robomimic.hdf5", told, episodes, model=scene, environment=environment)
     if "minari" in formats:
-        minari.write(folder / "minari", told, episodes, name=f"twinsim/{domain.name.replace('/', '-')}-v0")
+        name = f"twinsim/{domain.name.replace('/', '-')}-v0"
+        minari.write(folder / "minari", told, episodes, name=name, environment=environment)
     if "mcap" in formats:
         mcap.write(folder / "episodes.mcap", told, episodes)
     files.write_text(folder / "scene.xml", scene)

@@ -4,11 +4,13 @@ Host functions take `count` episodes at once, numpy in and out; those of one obs
 """
 
 import copy
+import hashlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import mujoco
@@ -129,6 +131,31 @@ class Task(Protocol):
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The mirror image, which is as possible as the original; both unchanged where there is none."""
         ...
+
+
+def environment_id(task: type) -> str:
+    """What the environment of a kind of task is called in Gymnasium (see `environments`)."""
+    return f"twinsim/{task.__name__}-v0"
+
+
+def inputs(task: Task) -> Sequence[Mapping[str, Any]]:
+    """Records of the files that a task's scene was read from, none where it is made here."""
+    found: Sequence[Mapping[str, Any]] = getattr(task, "files", ())
+    return found
+
+
+def file_records(files: Iterable[Path], licence: str) -> tuple[Mapping[str, Any], ...]:
+    """Of files that were read, what the record of a run says of them."""
+    return tuple(
+        {
+            "name": file.name,
+            "place": str(file),
+            "licence": licence,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "size": file.stat().st_size,
+        }
+        for file in files
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,344 @@
+"""Reaching: what every arm that brings its tool to a place has in common, and the task for an arm of the user, MJCF or URDF."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+
+from domains.robotics import models, worlds
+from domains.robotics.frames import at_most_one, less, mirror, moves, place_channels, places, scalars, stretched, towards
+from domains.robotics.kinematics import HINGE, Chain, chain_of, dexterity
+from domains.robotics.physics import CStepper, compiled
+from domains.robotics.tasks import Channel, Start, file_records
+from twinsim.base import Array, BadInput, Variable
+
+
+class Reaching:
+    """Bring the tool to the goal; observations end with the places of both. The task's own frame stands on the tool and looks at the goal.
+
+    Attributes:
+      tolerance: m. pace: m the tool is sent off by an action of 1. slow: m from the goal from where on the demonstrator slows down.
+    """
+
+    tolerance: float
+    pace: float
+    slow: float
+    start: ClassVar[Mapping[str, Variable]] = scalars(tool="xyz", goal="xyz")
+
+    def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
+        return start["goal_x"], start["goal_y"], start["goal_z"]
+
+    def demonstrate(self, observation: np.ndarray) -> np.ndarray:
+        return at_most_one((observation[:, -3:] - observation[:, -6:-3]) / self.slow)
+
+    def track(self, way: np.ndarray, observation: np.ndarray) -> np.ndarray:
+        return at_most_one((way - observation[:, -6:-3]) / self.pace)
+
+    def way(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
+        return observation[..., -6:-3] + self.pace * action
+
+    def off(self, observation: Array) -> jax.Array:
+        apart = jnp.asarray(observation[..., -6:-3] - observation[..., -3:])
+        return jnp.maximum(jnp.linalg.norm(apart, axis=-1) - self.tolerance, 0.0)
+
+    def features(self, observation: jax.Array) -> jax.Array:
+        apart = observation[-3:] - observation[-6:-3]
+        _, far = towards(apart)
+        left = jnp.sqrt(far**2 + apart[2] ** 2)
+        most = 3 * self.slow
+        return jnp.stack([far / left, apart[2] / left, jnp.minimum(far, most) / self.slow, jnp.clip(apart[2], -most, most) / self.slow])
+
+    def into_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
+        return less(way, observation[-6:-3]) @ towards(observation[-3:] - observation[-6:-3])[0].T / self.pace
+
+    def out_of_frame(self, observation: jax.Array, way: jax.Array) -> jax.Array:
+        return less(self.pace * way @ towards(observation[-3:] - observation[-6:-3])[0], -observation[-6:-3])
+
+    def moved(self, before: jax.Array, now: jax.Array, way: jax.Array) -> jax.Array:
+        """Turned and stretched from where the tool begins to the goal."""
+        return stretched(way, (before[-6:-3], before[-3:]), (now[-6:-3], now[-3:]))
+
+    def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Left and right of the line to the goal; the arm's joints, which the features leave out, stay."""
+        tip = observation[-6:-3]
+        return observation, less(less(way, tip) @ mirror(towards(observation[-3:] - tip)[0]), -tip)
+
+
+# ---------------------------------------------------------------- an arm of the user
+
+HASTE = 0.2  # rad a joint is sent off at most
+DEEPEST = 0.001  # m that bodies may be in each other where an episode begins
+MISSED = 0.005  # m that the tool may stay away from a place that counts as within reach
+BANDWIDTH = 20.0  # rad/s, of the servos that are added to joints without; about those of light industrial arms: assumption
+TRIED = 512  # poses among which the one to start around is chosen
+ROUNDS = 50  # of drawing starts, until the goal is said to be out of reach
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OwnReach(Reaching):
+    """An arm of the user brings its tool to a place.
+
+    Joints of the chain that have no position servo are given one, critically damped, and the arm then carries its own weight; other
+    actuators hold still. Starts lie about `rest`: each joint within a share of its range, at most of half a turn.
+
+    Attributes:
+      model: MJCF or URDF, screened as data from outside. tool: name of the body or site that is brought to the goal.
+      rest: of the joints that carry the tool, rad or m; by default the model's first keyframe, else the pose from which the tool can
+        best be moved (see `kinematics.dexterity`).
+      spread: share of the joints' ranges that starts and goals come from, by region.
+      fastest: speed of a joint, rad/s or m/s, above which an episode is broken.
+    """
+
+    model: str
+    tool: str
+    rest: Sequence[float] | None = None
+    name: str = "own_reach"
+    sentence: str = "Bring the tool to the goal."
+    rate: float = 20.0
+    frames: int = 80
+    hold: int = 5
+    tolerance: float = 0.02
+    pace: float = 0.035
+    slow: float = 0.05
+    fastest: float = 10.0
+    load: float = 20.0
+    spread: Mapping[str, float] | None = None
+
+    action: ClassVar[Sequence[Channel]] = moves("xyz")
+    planned: ClassVar[Sequence[Channel]] = place_channels("way")
+
+    # ---- what the file says
+
+    @cached_property
+    def _opened(self) -> models.Opened:
+        return models.read(self.model)
+
+    @cached_property
+    def files(self) -> Sequence[Mapping[str, Any]]:
+        """What the model was read from, as records of inputs."""
+        folder = Path(self.model).parent
+        return file_records([folder / name for name in self._opened.files], "as the owner of the robot's model has it")
+
+    @cached_property
+    def _plain(self) -> mujoco.MjModel:
+        """The user's model, all bodies kept, nothing added."""
+        return compiled(self._opened.spec())
+
+    @cached_property
+    def _chained(self) -> tuple[Chain, np.ndarray]:
+        """The chain that carries the tool, and its joints."""
+        model = self._plain
+        if mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, "goal") >= 0:
+            raise BadInput(f"{self.model}: expected no site called goal, the name of the mark of an episode's goal")
+        try:
+            chain, joints = chain_of(model, self.tool, self.rest)
+            if self.rest is None and model.nkey:
+                home = np.clip(model.key_qpos[0][model.jnt_qposadr[joints]], chain.lower, chain.upper)
+                chain, joints = chain_of(model, self.tool, [float(value) for value in home])
+            elif self.rest is None:
+                chain, joints = chain_of(model, self.tool, [float(value) for value in self._dexterous(chain, joints)])
+        except BadInput as error:
+            raise BadInput(f"{self.model}: {error}") from None
+        return chain, joints
+
+    def _dexterous(self, chain: Chain, joints: np.ndarray) -> np.ndarray:
+        """The pose of the greatest dexterity, of some drawn over the middle half of the ranges, that is clear of all contact."""
+        lower, upper = (np.where(np.isfinite(side), side, sign * np.pi) for side, sign in ((chain.lower, -1), (chain.upper, 1)))
+        half = np.where(chain.sliding, 0.25, 0.5) * np.minimum(upper - lower, 2 * np.pi) / 2
+        poses = (lower + upper) / 2 + half * np.random.default_rng(0).uniform(-1, 1, (TRIED, len(joints)))
+        for pose in poses[np.argsort(-dexterity(chain, poses), kind="stable")]:
+            if self._depth(self._posed(pose[None], joints)[0]) <= DEEPEST:
+                return pose
+        raise BadInput("expected a pose in which no bodies are in each other, all that were tried have some; give rest")
+
+    def _posed(self, poses: np.ndarray, joints: np.ndarray) -> np.ndarray:
+        """Generalised positions `[count, nq]` of poses of the chain; other joints are where the model has them at the start."""
+        model = self._plain
+        start = model.key_qpos[0] if model.nkey else model.qpos0
+        position = np.repeat(start[None], len(poses), 0)
+        position[:, model.jnt_qposadr[joints]] = poses
+        return position
+
+    def _depth(self, position: np.ndarray) -> float:
+        """How deep bodies are in each other, m."""
+        data = mujoco.MjData(self._plain)
+        data.qpos[:] = position
+        mujoco.mj_fwdPosition(self._plain, data)
+        return float(max(-data.contact.dist[: data.ncon].min(), 0.0)) if data.ncon else 0.0
+
+    @cached_property
+    def _servos(self) -> Sequence[int | None]:
+        """The actuator that is a position servo of each joint of the chain, None where there is none."""
+        model, (_, joints) = self._plain, self._chained
+        found = []
+        for joint in joints:
+            (ours,) = np.nonzero((model.actuator_trntype == int(mujoco.mjtTrn.mjTRN_JOINT)) & (model.actuator_trnid[:, 0] == joint))
+            gain, bias = model.actuator_gainprm[ours, 0], model.actuator_biasprm[ours]
+            plain = (model.actuator_dyntype[ours] == int(mujoco.mjtDyn.mjDYN_NONE)) & (model.actuator_gear[ours, 0] == 1)
+            is_servo = plain & (gain > 0) & np.isclose(bias[:, 1], -gain) & (bias[:, 0] == 0)
+            found.append(int(ours[0]) if len(ours) == 1 and is_servo[0] else None)
+        return found
+
+    @property
+    def robot(self) -> str:
+        return f"{Path(self.model).stem}, tool {self.tool}"
+
+    @cached_property
+    def steps(self) -> int:
+        """Physics steps of a control step, as close to the model's own time step as they go."""
+        return max(1, round(1 / (self.rate * float(self._plain.opt.timestep))))
+
+    @cached_property
+    def observation(self) -> Sequence[Channel]:
+        chain, joints = self._chained
+        names = [self._named(int(joint)) for joint in joints]
+        units = ["m" if sliding else "rad" for sliding in chain.sliding]
+        bounds = zip(names, units, chain.lower.tolist(), chain.upper.tolist(), strict=True)
+        return (
+            *(Channel(*each) for each in bounds),
+            *(Channel(f"{name}_speed", f"{unit} s-1", -self.fastest, self.fastest) for name, unit in zip(names, units, strict=True)),
+            *place_channels("tool"),
+            *place_channels("goal"),
+        )
+
+    def _named(self, joint: int) -> str:
+        name = mujoco.mj_id2name(self._plain, mujoco.mjtObj.mjOBJ_JOINT, joint) or f"joint{joint}"
+        return "joint_" + "".join(letter if letter.isalnum() else "_" for letter in name).removeprefix("joint_")
+
+    @cached_property
+    def handled(self) -> Sequence[str]:
+        model = self._plain
+        site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, self.tool)
+        return (model.body(model.site_bodyid[site]).name,) if site >= 0 else (self.tool,)
+
+    # ---- the task
+
+    def spec(self) -> mujoco.MjSpec:
+        spec, model, joints = self._opened.spec(), self._plain, self._chained[1]
+        spec.option.timestep = 1 / (self.rate * self.steps)
+        spec.worldbody.add_site(name="goal", size=[0.02] * 3, rgba=[0, 0.6, 0.3, 0.6])
+        spec.add_sensor(  # of all contacts, the distance of the deepest
+            name="gap of all contacts",
+            type=mujoco.mjtSensor.mjSENS_CONTACT,
+            intprm=[1 << int(mujoco.mjtConDataField.mjCONDATA_DIST), 1, 1],
+        )
+        for key in list(spec.keys):
+            spec.delete(key)  # of another number of controls
+        bare = [int(joint) for joint, servo in zip(joints, self._servos, strict=True) if servo is None]
+        if not bare:
+            return spec
+        names = {model.joint(joint).name for joint in bare}
+        if "" in names:
+            raise BadInput(f"{self.model}: expected names of all joints that carry {self.tool} and have no position servo")
+        for actuator in list(spec.actuators):
+            if actuator.trntype == mujoco.mjtTrn.mjTRN_JOINT and actuator.target in names:
+                spec.delete(actuator)
+        for joint, inertia in zip(bare, self._inertia[np.isin(joints, bare)], strict=True):
+            name = model.joint(joint).name
+            motor = spec.add_actuator(name=f"servo of {name}", target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
+            motor.set_to_position(kp=inertia * BANDWIDTH**2, kv=2 * inertia * BANDWIDTH)
+            if model.jnt_limited[joint]:
+                motor.ctrllimited, motor.ctrlrange = True, model.jnt_range[joint]
+        for body in spec.bodies:
+            body.gravcomp = 1 if body.name in self._carried else body.gravcomp
+        return spec
+
+    @cached_property
+    def _inertia(self) -> np.ndarray:
+        """About each joint of the chain at rest, kg m2 or kg."""
+        model, (chain, joints) = self._plain, self._chained
+        data, full = mujoco.MjData(model), np.zeros((model.nv, model.nv))
+        data.qpos[:] = self._posed(chain.rest[None], joints)[0]
+        mujoco.mj_forward(model, data)
+        mujoco.mj_fullM(model, data, full)
+        return np.diag(full)[model.jnt_dofadr[joints]]
+
+    @cached_property
+    def _carried(self) -> set[str]:
+        """Names of the bodies that the chain's joints move."""
+        model, (_, joints) = self._plain, self._chained
+        roots, moved = {int(model.jnt_bodyid[joint]) for joint in joints}, set()
+        for body in range(1, model.nbody):
+            if body in roots or int(model.body_parentid[body]) in moved:
+                moved.add(body)
+        return {model.body(body).name for body in moved}
+
+    def draw(self, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
+        spread = {"narrow": 0.05, "wide": 0.12, **(self.spread or {})}
+        if region not in spread:
+            raise BadInput(f"{self.name}: region {region}: expected {' or '.join(spread)}")
+        chain, _ = self._chained
+        half = spread[region] * np.minimum(chain.upper - chain.lower, 2 * np.pi)
+        found: list[np.ndarray] = []
+        for _ in range(ROUNDS):
+            poses = chain.rest + half * noise.uniform(-1, 1, (2, count, len(half)))
+            ends = [chain.tool(np.clip(each, chain.lower, chain.upper)) for each in poses]
+            good = self._possible(ends[0]) & self._possible(ends[1])
+            found.extend(np.concatenate(ends, 1)[good])
+            if len(found) >= count:
+                return dict(zip(self.start, np.array(found[:count]).T, strict=True))
+        raise BadInput(
+            f"{self.model}: region {region}: expected places that {self.tool} can be brought to with no bodies in each other,"
+            f" found {len(found)} of {count}; another rest?"
+        )
+
+    def _possible(self, place: np.ndarray) -> np.ndarray:
+        """Whether the tool can be brought to places `[count, 3]` with no bodies in each other."""
+        chain, joints = self._chained
+        poses = chain.joints_at(place)
+        near = np.linalg.norm(chain.tool(poses) - place, axis=1) <= MISSED
+        return near & np.array([self._depth(position) <= DEEPEST for position in self._posed(poses, joints)])
+
+    def place(self, start: Start) -> np.ndarray:
+        chain, joints = self._chained
+        for thing in ("tool", "goal"):
+            place = places(start, thing, "xyz")
+            if not np.isfinite(place).all():
+                raise BadInput(f"{self.name}: {thing}: expected finite metres, got {place[~np.isfinite(place).all(1)][0]}")
+            if not (good := self._possible(place)).all():
+                worst = place[~good][0].round(3).tolist()
+                raise BadInput(
+                    f"{self.name}: {thing} at {worst} m: expected a place that {self.tool} can be brought to with no bodies in each other"
+                )
+        return self._posed(chain.joints_at(places(start, "tool", "xyz")), joints)
+
+    def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
+        return worlds.fields(model, world, self.handled)
+
+    def observe(self, stepper: CStepper, start: Start) -> np.ndarray:
+        model, (chain, joints) = self._plain, self._chained
+        poses = stepper.position[:, model.jnt_qposadr[joints]]
+        goal = np.broadcast_to(places(start, "goal", "xyz"), (stepper.count, 3))
+        return np.concatenate([poses, stepper.velocity[:, model.jnt_dofadr[joints]], chain.tool(poses), goal], 1)
+
+    @cached_property
+    def _held(self) -> tuple[np.ndarray, np.ndarray]:
+        """Controls that hold all still, `[nu]`, and which of them are of the chain's joints, in their order."""
+        model = compiled(self.spec())
+        _, joints = self._chained
+        names = [model.joint(int(joint)).id for joint in joints]
+        of_joint = model.actuator_trntype == int(mujoco.mjtTrn.mjTRN_JOINT)
+        moved = [int(np.nonzero(of_joint & (model.actuator_trnid[:, 0] == joint))[0][0]) for joint in names]
+        still = self._posed(self._chained[0].rest[None], joints)[0]
+        held = np.zeros(model.nu)
+        for index in range(model.nu):
+            if of_joint[index] and model.actuator_biastype[index] == int(mujoco.mjtBias.mjBIAS_AFFINE):
+                joint = model.actuator_trnid[index, 0]
+                held[index] = still[model.jnt_qposadr[joint]] if model.jnt_type[joint] <= HINGE else 0.0
+        return held, np.array(moved)
+
+    def control(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
+        chain, joints = self._chained
+        poses = observation[:, : len(joints)].astype(np.float64)
+        wanted = chain.joints_at(chain.tool(poses) + self.pace * np.clip(action, -1, 1), poses, 3)
+        most = np.where(chain.sliding, 2 * self.pace, HASTE)
+        held, moved = self._held
+        control = np.repeat(held[None], len(poses), 0)
+        control[:, moved] = np.clip(poses + np.clip(wanted - poses, -most, most), chain.lower, chain.upper)
+        return control
