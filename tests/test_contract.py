@@ -39,6 +39,9 @@ TRIMMED = {  # what one year or two show of a domain, four years show no better
 }
 
 
+NOWHERE = {"archive": f"{ROOT}/nowhere", "robot": f"{ROOT}/nowhere/arm.urdf", "tool": "flange"}  # what a user gives
+
+
 class Built(NamedTuple):
     """A domain with what takes seconds to make: all of it made once, and its functions compiled once."""
 
@@ -56,7 +59,7 @@ BUILT: dict[str, Built] = {}
 
 def composed(name: str, *more: str) -> dict:
     text = (ROOT / f"conf/domain/{name}.yaml").read_text()
-    given = [f"archive={ROOT}/nowhere"] if "archive: ???" in text else []
+    given = [f"{key}={value}" for key, value in NOWHERE.items() if f"{key}: ???" in text]
     return run.resolve(cli._compose([f"domain={name}", *given, *TRIMMED.get(name, []), *more]))
 
 
@@ -311,7 +314,8 @@ def test_scenario_loads_and_asks(name):
     (brought,) = (word for word in cli._overrides([name]) if word.startswith("domain="))
     config = composed(brought.removeprefix("domain="), f"scenario={name}")
     asked = run.read_scenario(config).scenario
-    elsewhere = "" if ships(asked.domain) else " archive=FOLDER"
+    text = (ROOT / f"conf/domain/{asked.domain}.yaml").read_text()
+    elsewhere = " archive=FOLDER" * ("archive: ???" in text) + " robot=ARM.urdf tool=NAME" * ("robot: ???" in text)
     assert asked.domain in DOMAINS and asked.command == f"twinsim run {name}{elsewhere}"
     assert asked.title and asked.takes and asked.expect
     if elsewhere:

@@ -91,6 +91,7 @@ class OwnReach(Reaching):
       model: MJCF or URDF, screened as data from outside. tool: name of the body or site that is brought to the goal.
       rest: of the joints that carry the tool, rad or m; by default the model's first keyframe, else the pose from which the tool can
         best be moved (see `kinematics.dexterity`).
+      share: of the chain's length, that the tool is sent off by an action of 1.
       spread: share of the joints' ranges that starts and goals come from, by region.
       fastest: speed of a joint, rad/s or m/s, above which an episode is broken.
     """
@@ -101,11 +102,10 @@ class OwnReach(Reaching):
     name: str = "own_reach"
     sentence: str = "Bring the tool to the goal."
     rate: float = 20.0
-    frames: int = 80
+    frames: int = 120
     hold: int = 5
     tolerance: float = 0.02
-    pace: float = 0.035
-    slow: float = 0.05
+    share: float = 0.03
     fastest: float = 10.0
     load: float = 20.0
     spread: Mapping[str, float] | None = None
@@ -190,6 +190,14 @@ class OwnReach(Reaching):
         return f"{Path(self.model).stem}, tool {self.tool}"
 
     @cached_property
+    def pace(self) -> float:  # type: ignore[override]
+        return self.share * float(np.linalg.norm(self._chained[0].offset[1:], axis=1).sum())
+
+    @property
+    def slow(self) -> float:  # type: ignore[override]
+        return 1.4 * self.pace
+
+    @cached_property
     def steps(self) -> int:
         """Physics steps of a control step, as close to the model's own time step as they go."""
         return max(1, round(1 / (self.rate * float(self._plain.opt.timestep))))
@@ -222,6 +230,8 @@ class OwnReach(Reaching):
     def spec(self) -> mujoco.MjSpec:
         spec, model, joints = self._opened.spec(), self._plain, self._chained[1]
         spec.option.timestep = 1 / (self.rate * self.steps)
+        if spec.option.integrator == mujoco.mjtIntegrator.mjINT_EULER:
+            spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST  # stiff servos of light links diverge in explicit steps
         spec.worldbody.add_site(name="goal", size=[0.02] * 3, rgba=[0, 0.6, 0.3, 0.6])
         spec.add_sensor(  # of all contacts, the distance of the deepest
             name="gap of all contacts",
