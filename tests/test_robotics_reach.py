@@ -58,7 +58,7 @@ SERVOED = """<mujoco model="two"><option timestep="0.004"/><default><geom type="
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: Any) -> dict[str, OwnReach]:
+def own(tmp_path_factory: Any) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("robots")
     (folder / "six.urdf").write_text(URDF)
     (folder / "two.xml").write_text(SERVOED)
@@ -66,7 +66,7 @@ def own(tmp_path_factory: Any) -> dict[str, OwnReach]:
 
 
 @pytest.mark.parametrize("name", ["six", "two"])
-def test_the_chain_is_the_models(own: dict[str, OwnReach], name: str) -> None:
+def test_the_chain_is_the_models(own: dict[str, Any], name: str) -> None:
     model = compiled(own[name].spec())
     chain, joints = chain_of(model, own[name].tool)
     data, at = mujoco.MjData(model), model.jnt_qposadr[joints]
@@ -89,7 +89,7 @@ def test_the_chain_is_the_models(own: dict[str, OwnReach], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["six", "two"])
-def test_the_demonstrator_reaches_its_goals_and_replay_is_exact(own: dict[str, OwnReach], name: str) -> None:
+def test_the_demonstrator_reaches_its_goals_and_replay_is_exact(own: dict[str, Any], name: str) -> None:
     task: Any = own[name]
     noise, scene = np.random.default_rng(0), Scene(task)
     world = np.repeat(worlds.world()[None], 12, 0)
@@ -104,7 +104,7 @@ def test_the_demonstrator_reaches_its_goals_and_replay_is_exact(own: dict[str, O
     assert [channel.name for channel in task.observation][-6:] == ["tool_x", "tool_y", "tool_z", "goal_x", "goal_y", "goal_z"]
 
 
-def test_joints_without_a_servo_get_one_and_others_keep_theirs(own: dict[str, OwnReach]) -> None:
+def test_joints_without_a_servo_get_one_and_others_keep_theirs(own: dict[str, Any]) -> None:
     six, two = compiled(own["six"].spec()), compiled(own["two"].spec())
     assert six.nu == 6
     np.testing.assert_allclose(six.actuator_biasprm[:, 1] / six.actuator_biasprm[:, 2], BANDWIDTH / 2)  # critically damped
@@ -118,8 +118,8 @@ def test_joints_without_a_servo_get_one_and_others_keep_theirs(own: dict[str, Ow
     assert [channel.name for channel in own["six"].observation][5] == "joint_wrist_bend"
 
 
-def test_files_are_told(own: dict[str, OwnReach]) -> None:
-    (told,) = tasks.inputs(own["six"])  # type: ignore[arg-type]
+def test_files_are_told(own: dict[str, Any]) -> None:
+    (told,) = tasks.inputs(own["six"])
     assert told["name"] == "six.urdf" and len(told["sha256"]) == 64 and told["size"] == len(URDF)
 
 
@@ -131,7 +131,7 @@ def test_files_are_told(own: dict[str, OwnReach]) -> None:
         ({"rest": [0.0, 9.0, 0.0]}, "rest: expected 3 numbers within the limits of the joints"),
     ],
 )
-def test_what_a_model_does_not_have_is_refused(own: dict[str, OwnReach], options: dict[str, Any], said: str) -> None:
+def test_what_a_model_does_not_have_is_refused(own: dict[str, Any], options: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInput, match=said):
         OwnReach(**{"model": own["two"].model, "tool": "tip", **options}).observation  # noqa: B018 (read for what it raises)
 
@@ -153,7 +153,7 @@ def test_models_that_are_no_arms_are_refused(tmp_path: Path, inside: str, said: 
         task.spec()
 
 
-def test_places_out_of_reach_are_refused(own: dict[str, OwnReach]) -> None:
+def test_places_out_of_reach_are_refused(own: dict[str, Any]) -> None:
     task = own["six"]
     start = {name: values[:1] for name, values in task.draw(np.random.default_rng(0), 1, "narrow").items()}
     with pytest.raises(BadInput, match=r"own_reach: goal at \[9.0, .* m: expected a place that flange can be brought to"):

@@ -14,7 +14,19 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
-from domains.robotics.frames import at_most_one, less, mirror, moves, place_channels, places, scalars, stretched, towards
+from domains.robotics.frames import (
+    at_most_one,
+    drawn,
+    expect_finite,
+    less,
+    mirror,
+    moves,
+    place_channels,
+    places,
+    scalars,
+    stretched,
+    towards,
+)
 from domains.robotics.kinematics import Chain
 from domains.robotics.physics import CStepper
 from domains.robotics.reach import Reaching
@@ -204,8 +216,7 @@ def _joint_channels() -> tuple[Channel, ...]:
 
 def _checked(task: str, thing: str, place: np.ndarray, offset: np.ndarray) -> None:
     """Raises BadInput where the tool cannot be brought to places `[count, 3]`."""
-    if not np.isfinite(place).all():
-        raise BadInput(f"{task}: {thing}: expected finite metres, got {place[~np.isfinite(place).all(1)][0]}")
+    expect_finite(task, thing, place)
     missed = np.linalg.norm(tool(joints_at(place, offset=offset), offset) - place, axis=1)
     if (missed > 0.005).any():
         worst = int(missed.argmax())
@@ -213,13 +224,6 @@ def _checked(task: str, thing: str, place: np.ndarray, offset: np.ndarray) -> No
             f"{task}: {thing} at {place[worst].round(3).tolist()} m: expected a place within the arm's reach, its tool stays"
             f" {missed[worst]:.2f} m away"
         )
-
-
-def _drawn(task: str, noise: np.random.Generator, count: int, region: str, regions: Mapping[str, Any], names: Sequence[str]) -> Any:
-    if region not in regions:
-        raise BadInput(f"{task}: region {region}: expected {' or '.join(regions)}")
-    lower, upper = regions[region]
-    return noise.uniform(lower, upper, (count, len(names)))
 
 
 def _command(joints: np.ndarray, place: np.ndarray, offset: np.ndarray) -> np.ndarray:
@@ -261,7 +265,7 @@ class ArmReach(Reaching):
         return arm_spec(self.name, self.rate, self.steps, gripper=False, cube=False, build=self.build)
 
     def draw(self, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
-        return dict(zip(self.start, _drawn(self.name, noise, count, region, self.regions, list(self.start)).T, strict=True))
+        return drawn(self, noise, count, region)
 
     def place(self, start: Start) -> np.ndarray:
         for thing in ("tool", "goal"):
@@ -325,9 +329,9 @@ class ArmPush:
     def draw(self, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
         found = np.zeros((0, 4))
         while len(found) < count:
-            drawn = _drawn(self.name, noise, max(2 * count, 16), region, self.regions, list(self.start))
-            apart = np.hypot(drawn[:, 0] - drawn[:, 2], drawn[:, 1] - drawn[:, 3])
-            found = np.concatenate([found, drawn[(apart > self.apart[0]) & (apart < self.apart[1])]])
+            starts = np.stack([*drawn(self, noise, max(2 * count, 16), region).values()], 1)
+            apart = np.hypot(starts[:, 0] - starts[:, 2], starts[:, 1] - starts[:, 3])
+            found = np.concatenate([found, starts[(apart > self.apart[0]) & (apart < self.apart[1])]])
         return dict(zip(self.start, found[:count].T, strict=True))
 
     def place(self, start: Start) -> np.ndarray:
@@ -475,7 +479,7 @@ class ArmPick:
         return arm_spec(self.name, self.rate, self.steps, gripper=True, cube=True, build=self.build)
 
     def draw(self, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
-        return dict(zip(self.start, _drawn(self.name, noise, count, region, self.regions, list(self.start)).T, strict=True))
+        return drawn(self, noise, count, region)
 
     def place(self, start: Start) -> np.ndarray:
         cube, goal = np.insert(places(start, "cube", "xy"), 2, CUBE, 1), places(start, "goal", "xyz")

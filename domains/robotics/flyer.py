@@ -14,7 +14,7 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
-from domains.robotics.frames import at_most_one, drawn, given, less, rows, wrapped
+from domains.robotics.frames import at_most_one, drawn, given, less, mirror, moves, rows, scalars, towards, wrapped
 from domains.robotics.physics import CStepper
 from domains.robotics.tasks import Channel, Start
 from twinsim.base import Array, Variable
@@ -272,16 +272,12 @@ class Landing:
         Channel("crush", "m", -0.01, 0.31),
         *(Channel(f"goal_{axis}", "m", -60.0, 60.0) for axis in "xyz"),
     )
-    action: Sequence[Channel] = tuple(Channel(f"move_{axis}", "1", -1.0, 1.0) for axis in "xyz")
+    action: Sequence[Channel] = moves("xyz")
     planned: Sequence[Channel] = tuple(Channel(f"way_{axis}", "m", -60.0, 60.0) for axis in "xyz")
     handled: Sequence[str] = ("lander",)
     load: float = 170.0
 
-    start: ClassVar[Mapping[str, Variable]] = {
-        f"{thing}_{axis}": Variable((), "m", f"{thing} at the start, {axis}")
-        for thing, axes in (("lander", "xyz"), ("goal", "xy"))
-        for axis in axes
-    }
+    start: ClassVar[Mapping[str, Variable]] = scalars(lander="xyz", goal="xy")
     regions: ClassVar[Mapping[str, Any]] = {
         "narrow": (np.array([-3.0, -3.0, 8.0, -1.0, -1.0]), np.array([3.0, 3.0, 12.0, 1.0, 1.0])),
         "wide": (np.array([-8.0, -8.0, 6.0, -2.0, -2.0]), np.array([8.0, 8.0, 18.0, 2.0, 2.0])),
@@ -386,9 +382,7 @@ class Landing:
         return jnp.maximum(each - limits, 0.0).sum(-1)
 
     def _axes(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        apart = observation[7:9] - observation[:2]
-        far = jnp.sqrt((apart**2).sum() + 1e-12)
-        return rows(apart[0] / far, apart[1] / far, jnp.ones_like(far)), far
+        return towards(observation[7:9] - observation[:2])
 
     def features(self, observation: jax.Array) -> jax.Array:
         axes, far = self._axes(observation)
@@ -411,6 +405,6 @@ class Landing:
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line to the pad."""
         axes, _ = self._axes(observation)
-        flip = axes.T @ jnp.diag(jnp.array([1.0, -1.0, 1.0], axes.dtype)) @ axes
+        flip = mirror(axes)
         at = observation[:3]
         return observation.at[3:6].set(flip @ observation[3:6]), less(less(way, at) @ flip, -at)

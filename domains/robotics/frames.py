@@ -61,6 +61,13 @@ def places(start: Start, thing: str, axes: str) -> np.ndarray:
     return np.stack([np.atleast_1d(np.asarray(start[f"{thing}_{axis}"], np.float64)) for axis in axes], -1)
 
 
+def expect_finite(task: str, thing: str, place: np.ndarray) -> None:
+    """Raises BadInput where places `[count, axis]` are not finite."""
+    finite = np.isfinite(place).all(1)
+    if not finite.all():
+        raise BadInput(f"{task}: {thing}: expected finite metres, got {place[~finite][0]}")
+
+
 def place_channels(name: str) -> tuple[Channel, ...]:
     """Of a place near a robot on a table."""
     return tuple(Channel(f"{name}_{axis}", "m", -2.0, 2.0) for axis in "xyz")
@@ -78,8 +85,8 @@ def towards(apart: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def mirror(axes: jax.Array) -> jax.Array:
-    """The matrix that swaps left and right of the line that `axes` look along."""
-    return axes.T @ jnp.diag(jnp.array([1.0, -1.0, 1.0], axes.dtype)) @ axes
+    """The matrix that swaps left and right of the line that `axes` look along, `[2, 2]` or `[3, 3]` as they are."""
+    return axes.T @ jnp.diag(jnp.array([1.0, -1.0, 1.0], axes.dtype)[: len(axes)]) @ axes
 
 
 def stretched(way: jax.Array, old: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -10,7 +10,7 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
-from domains.robotics.frames import at_most_one, less
+from domains.robotics.frames import at_most_one, expect_finite, less, moves, scalars
 from domains.robotics.physics import CStepper
 from domains.robotics.tasks import Channel, Start
 from twinsim.base import Array, BadInput, Variable
@@ -67,14 +67,12 @@ class PlanarPush:
         Channel("goal_x", "m", -1.0, 1.0),
         Channel("goal_y", "m", -1.0, 1.0),
     )
-    action: Sequence[Channel] = (Channel("move_x", "1", -1.0, 1.0), Channel("move_y", "1", -1.0, 1.0))
+    action: Sequence[Channel] = moves("xy")
     planned: Sequence[Channel] = (Channel("way_x", "m", -1.0, 1.0), Channel("way_y", "m", -1.0, 1.0))
     handled: Sequence[str] = ("puck",)
     load: float = 20.0
 
-    start: ClassVar[Mapping[str, Variable]] = {
-        f"{thing}_{axis}": Variable((), "m", f"{thing} at the start, {axis}") for thing in ("puck", "goal") for axis in "xy"
-    }
+    start: ClassVar[Mapping[str, Variable]] = scalars(puck="xy", goal="xy")
 
     def spec(self) -> mujoco.MjSpec:
         spec = mujoco.MjSpec()
@@ -134,9 +132,8 @@ class PlanarPush:
     def place(self, start: Start) -> np.ndarray:
         puck, goal = (np.stack([np.asarray(start[f"{name}_{axis}"], np.float64) for axis in "xy"], -1) for name in ("puck", "goal"))
         for name, place in (("puck", puck), ("goal", goal)):
+            expect_finite(self.name, name, place)
             far = np.hypot(place[:, 0], place[:, 1])
-            if not np.isfinite(far).all():
-                raise BadInput(f"push: {name}: expected finite metres, got {place[~np.isfinite(far)][0]}")
             beyond = (far > UPPER + FORE - CLEAR) | (far < 0.12 + CLEAR)
             if beyond.any():
                 raise BadInput(

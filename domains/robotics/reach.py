@@ -1,7 +1,8 @@
 """Reaching: what every arm that brings its tool to a place has in common, and the task for an arm of the user, MJCF or URDF."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,24 +13,32 @@ import mujoco
 import numpy as np
 
 from domains.robotics import models, worlds
-from domains.robotics.frames import at_most_one, less, mirror, moves, place_channels, places, scalars, stretched, towards
+from domains.robotics.frames import at_most_one, expect_finite, less, mirror, moves, place_channels, places, scalars, stretched, towards
 from domains.robotics.kinematics import HINGE, Chain, chain_of, dexterity
 from domains.robotics.physics import CStepper, compiled
 from domains.robotics.tasks import Channel, Start, file_records
 from twinsim.base import Array, BadInput, Variable
 
 
-class Reaching:
+class Reaching(ABC):
     """Bring the tool to the goal; observations end with the places of both. The task's own frame stands on the tool and looks at the goal.
 
     Attributes:
-      tolerance: m. pace: m the tool is sent off by an action of 1. slow: m from the goal from where on the demonstrator slows down.
+      tolerance: m.
     """
 
     tolerance: float
-    pace: float
-    slow: float
     start: ClassVar[Mapping[str, Variable]] = scalars(tool="xyz", goal="xyz")
+
+    @property
+    @abstractmethod
+    def pace(self) -> float:
+        """m that the tool is sent off by an action of 1."""
+
+    @property
+    @abstractmethod
+    def slow(self) -> float:
+        """m from the goal from where on the demonstrator slows down."""
 
     def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
         return start["goal_x"], start["goal_y"], start["goal_z"]
@@ -139,10 +148,9 @@ class OwnReach(Reaching):
         try:
             chain, joints = chain_of(model, self.tool, self.rest)
             if self.rest is None and model.nkey:
-                home = np.clip(model.key_qpos[0][model.jnt_qposadr[joints]], chain.lower, chain.upper)
-                chain, joints = chain_of(model, self.tool, [float(value) for value in home])
+                chain = replace(chain, rest=np.clip(model.key_qpos[0][model.jnt_qposadr[joints]], chain.lower, chain.upper))
             elif self.rest is None:
-                chain, joints = chain_of(model, self.tool, [float(value) for value in self._dexterous(chain, joints)])
+                chain = replace(chain, rest=self._dexterous(chain, joints))
         except BadInput as error:
             raise BadInput(f"{self.model}: {error}") from None
         return chain, joints
@@ -153,7 +161,7 @@ class OwnReach(Reaching):
         half = np.where(chain.sliding, 0.25, 0.5) * np.minimum(upper - lower, 2 * np.pi) / 2
         poses = (lower + upper) / 2 + half * np.random.default_rng(0).uniform(-1, 1, (TRIED, len(joints)))
         for pose in poses[np.argsort(-dexterity(chain, poses), kind="stable")]:
-            if self._depth(self._posed(pose[None], joints)[0]) <= DEEPEST:
+            if self._clear(self._posed(pose[None], joints))[0]:
                 return pose
         raise BadInput("expected a pose in which no bodies are in each other, all that were tried have some; give rest")
 
@@ -165,16 +173,18 @@ class OwnReach(Reaching):
         position[:, model.jnt_qposadr[joints]] = poses
         return position
 
-    def _depth(self, position: np.ndarray) -> float:
-        """How deep bodies are in each other, m."""
-        data = mujoco.MjData(self._plain)
-        data.qpos[:] = position
-        mujoco.mj_fwdPosition(self._plain, data)
-        return float(max(-data.contact.dist[: data.ncon].min(), 0.0)) if data.ncon else 0.0
+    def _clear(self, positions: np.ndarray) -> np.ndarray:
+        """In which generalised positions `[count, nq]` no bodies are in each other."""
+        data, clear = mujoco.MjData(self._plain), np.ones(len(positions), bool)
+        for index, position in enumerate(positions):
+            data.qpos[:] = position
+            mujoco.mj_fwdPosition(self._plain, data)
+            clear[index] = (data.contact.dist[: data.ncon] >= -DEEPEST).all()
+        return clear
 
     @cached_property
-    def _servos(self) -> Sequence[int | None]:
-        """The actuator that is a position servo of each joint of the chain, None where there is none."""
+    def _bare(self) -> np.ndarray:
+        """Which joints of the chain have no position servo, `[joint]`."""
         model, (_, joints) = self._plain, self._chained
         found = []
         for joint in joints:
@@ -182,19 +192,19 @@ class OwnReach(Reaching):
             gain, bias = model.actuator_gainprm[ours, 0], model.actuator_biasprm[ours]
             plain = (model.actuator_dyntype[ours] == int(mujoco.mjtDyn.mjDYN_NONE)) & (model.actuator_gear[ours, 0] == 1)
             is_servo = plain & (gain > 0) & np.isclose(bias[:, 1], -gain) & (bias[:, 0] == 0)
-            found.append(int(ours[0]) if len(ours) == 1 and is_servo[0] else None)
-        return found
+            found.append(len(ours) != 1 or not is_servo[0])
+        return np.array(found)
 
     @property
     def robot(self) -> str:
         return f"{Path(self.model).stem}, tool {self.tool}"
 
     @cached_property
-    def pace(self) -> float:  # type: ignore[override]
+    def pace(self) -> float:
         return self.share * float(np.linalg.norm(self._chained[0].offset[1:], axis=1).sum())
 
     @property
-    def slow(self) -> float:  # type: ignore[override]
+    def slow(self) -> float:
         return 1.4 * self.pace
 
     @cached_property
@@ -240,7 +250,7 @@ class OwnReach(Reaching):
         )
         for key in list(spec.keys):
             spec.delete(key)  # of another number of controls
-        bare = [int(joint) for joint, servo in zip(joints, self._servos, strict=True) if servo is None]
+        bare = [int(joint) for joint in joints[self._bare]]
         if not bare:
             return spec
         names = {model.joint(joint).name for joint in bare}
@@ -249,7 +259,7 @@ class OwnReach(Reaching):
         for actuator in list(spec.actuators):
             if actuator.trntype == mujoco.mjtTrn.mjTRN_JOINT and actuator.target in names:
                 spec.delete(actuator)
-        for joint, inertia in zip(bare, self._inertia[np.isin(joints, bare)], strict=True):
+        for joint, inertia in zip(bare, self._inertia[self._bare], strict=True):
             name = model.joint(joint).name
             motor = spec.add_actuator(name=f"servo of {name}", target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
             motor.set_to_position(kp=inertia * BANDWIDTH**2, kv=2 * inertia * BANDWIDTH)
@@ -289,7 +299,7 @@ class OwnReach(Reaching):
         for _ in range(ROUNDS):
             poses = chain.rest + half * noise.uniform(-1, 1, (2, count, len(half)))
             ends = [chain.tool(np.clip(each, chain.lower, chain.upper)) for each in poses]
-            good = self._possible(ends[0]) & self._possible(ends[1])
+            good = self._brought(ends[0])[1] & self._brought(ends[1])[1]
             found.extend(np.concatenate(ends, 1)[good])
             if len(found) >= count:
                 return dict(zip(self.start, np.array(found[:count]).T, strict=True))
@@ -298,25 +308,26 @@ class OwnReach(Reaching):
             f" found {len(found)} of {count}; another rest?"
         )
 
-    def _possible(self, place: np.ndarray) -> np.ndarray:
-        """Whether the tool can be brought to places `[count, 3]` with no bodies in each other."""
+    def _brought(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions `[count, nq]` with the tool at places `[count, 3]`, and whether it is there with no bodies in each other."""
         chain, joints = self._chained
         poses = chain.joints_at(place)
         near = np.linalg.norm(chain.tool(poses) - place, axis=1) <= MISSED
-        return near & np.array([self._depth(position) <= DEEPEST for position in self._posed(poses, joints)])
+        positions = self._posed(poses, joints)
+        return positions, near & self._clear(positions)
 
     def place(self, start: Start) -> np.ndarray:
-        chain, joints = self._chained
+        positions = {}
         for thing in ("tool", "goal"):
             place = places(start, thing, "xyz")
-            if not np.isfinite(place).all():
-                raise BadInput(f"{self.name}: {thing}: expected finite metres, got {place[~np.isfinite(place).all(1)][0]}")
-            if not (good := self._possible(place)).all():
+            expect_finite(self.name, thing, place)
+            positions[thing], good = self._brought(place)
+            if not good.all():
                 worst = place[~good][0].round(3).tolist()
                 raise BadInput(
                     f"{self.name}: {thing} at {worst} m: expected a place that {self.tool} can be brought to with no bodies in each other"
                 )
-        return self._posed(chain.joints_at(places(start, "tool", "xyz")), joints)
+        return positions["tool"]
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
         return worlds.fields(model, world, self.handled)
@@ -332,9 +343,8 @@ class OwnReach(Reaching):
         """Controls that hold all still, `[nu]`, and which of them are of the chain's joints, in their order."""
         model = compiled(self.spec())
         _, joints = self._chained
-        names = [model.joint(int(joint)).id for joint in joints]
         of_joint = model.actuator_trntype == int(mujoco.mjtTrn.mjTRN_JOINT)
-        moved = [int(np.nonzero(of_joint & (model.actuator_trnid[:, 0] == joint))[0][0]) for joint in names]
+        moved = [int(np.nonzero(of_joint & (model.actuator_trnid[:, 0] == joint))[0][0]) for joint in joints]
         still = self._posed(self._chained[0].rest[None], joints)[0]
         held = np.zeros(model.nu)
         for index in range(model.nu):

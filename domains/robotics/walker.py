@@ -15,7 +15,7 @@ import mujoco
 import numpy as np
 
 from domains.robotics import worlds
-from domains.robotics.frames import drawn, given, less, rows, wrapped
+from domains.robotics.frames import drawn, given, less, mirror, towards, wrapped
 from domains.robotics.physics import CStepper
 from domains.robotics.tasks import Channel, Start
 from twinsim.base import Array, Variable
@@ -313,8 +313,8 @@ class Walk:
     def _axes(self, observation: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Unit vectors to the goal and across as rows `[2, 2]`; how far it is, m; and its direction, rad."""
         apart = observation[26:28] - observation[:2]
-        far = jnp.sqrt((apart**2).sum() + 1e-12)
-        return rows(apart[0] / far, apart[1] / far, jnp.ones_like(far))[:2, :2], far, jnp.arctan2(apart[1], apart[0])
+        axes, far = towards(apart)
+        return axes[:2, :2], far, jnp.arctan2(apart[1], apart[0])
 
     def features(self, observation: jax.Array) -> jax.Array:
         axes, far, angle = self._axes(observation)
@@ -346,7 +346,7 @@ class Walk:
     def mirrored(self, observation: jax.Array, way: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Left and right of the line to the goal; legs and the gait's clock, which the features leave out, stay."""
         axes, _, angle = self._axes(observation)
-        flip = axes.T @ jnp.diag(jnp.array([1.0, -1.0], axes.dtype)) @ axes
+        flip = mirror(axes)
         other = observation.at[5].set(wrapped(2 * angle - observation[5]))
         other = other.at[6:8].set(flip @ observation[6:8]).at[11].set(-observation[11])
         place = less(less(way[..., :2], observation[:2]) @ flip, -observation[:2])
