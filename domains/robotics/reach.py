@@ -242,6 +242,7 @@ class OwnReach(Reaching):
         spec.option.timestep = 1 / (self.rate * self.steps)
         if spec.option.integrator == mujoco.mjtIntegrator.mjINT_EULER:
             spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST  # stiff servos of light links diverge in explicit steps
+        self._seen(spec)
         spec.worldbody.add_site(name="goal", size=[0.02] * 3, rgba=[0, 0.6, 0.3, 0.6])
         spec.add_sensor(  # of all contacts, the distance of the deepest
             name="gap of all contacts",
@@ -268,6 +269,13 @@ class OwnReach(Reaching):
         for body in spec.bodies:
             body.gravcomp = 1 if body.name in self._carried else body.gravcomp
         return spec
+
+    def _seen(self, spec: mujoco.MjSpec) -> None:
+        """Adds a camera that has the arm in view, and a light, where the model has no camera, as URDF has not."""
+        if not self._plain.ncam:
+            middle, far = self._chained[0].follow(self._chained[0].rest[None])[2][0].mean(0), self.pace / self.share
+            spec.worldbody.add_camera(name="side", pos=middle + far * np.array([1.0, -1.2, 0.6]), xyaxes=[0.77, 0.64, 0, -0.23, 0.28, 0.93])
+            spec.worldbody.add_light(pos=middle + far * np.array([0.0, 0.0, 2.0]))
 
     @cached_property
     def _inertia(self) -> np.ndarray:
