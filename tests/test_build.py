@@ -79,6 +79,17 @@ HOSTILE = [
     "twinsim.build.importlib.import_module",
     "twinsim.build.os.system",
     "twinsim.record.write",
+    "twinsim.data.publish",
+    "twinsim.files.write_text",
+    "twinsim.checkpoint.save",
+    "twinsim.scenario.find",
+    "twinsim.slurm.submit",
+    "twinsim.mesh.leave",
+    "domains.city.gmns.write_network",
+    "domains.city.geojson.write_network",
+    "domains.city.outputs.write",
+    "domains.climate.embedded.pack",
+    "domains.robotics.mcap.write",
     "twinsim.scenario.os.system",
     f"{HERE}.os.system",
     f"{HERE}.subprocess.run",
@@ -103,6 +114,14 @@ HOSTILE = [
 def test_hostile_targets_are_refused(parts, target):
     with pytest.raises(BadInput, match="^config"):
         build({"_target_": target})
+
+
+def test_a_config_from_outside_moves_no_file(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for name, (first, second) in {"data.publish": ("unfinished", "folder"), "files.write_text": ("path", "text")}.items():
+        with pytest.raises(BadInput, match="there for what it does"):
+            build({"_target_": f"twinsim.{name}", first: str(tmp_path / "mine"), second: str(tmp_path / "theirs")})
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(

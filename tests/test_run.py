@@ -443,6 +443,8 @@ def test_the_record_of_a_hostile_folder_runs_nothing(made, tmp_path):
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     for hostile, says in (
         (yaml.safe_dump({**saved, "domain": {**saved["domain"], "_target_": "os.system"}}), "may not be built"),
+        (yaml.safe_dump({**saved, "optimizer": {"_target_": "twinsim.data.publish", "unfinished": "a", "folder": "b"}}), "for what it"),
+        (yaml.safe_dump({**saved, "scale": {"_target_": "twinsim.train.adamw", "learning_rate": 1.0}}), "names of settings"),
         ("a: &a [1, 2]\nb: *a\n", "alias or anchor"),
         ("!!python/object/apply:os.system ['true']", "expected"),
         (yaml.safe_dump({**saved, "seed": "${oc.env:HOME}"}), "interpolation"),

@@ -70,9 +70,9 @@ def test_lumi_binds_each_task_to_six_cores_of_a_chiplet_of_its_own():
 
 @pytest.mark.parametrize("name", ["node", "leonardo", "marenostrum5", "jupiter"])
 def test_threads_fit_the_cores_of_a_task(name):
-    scale = read(name)
-    assert int(scale.environment["OMP_NUM_THREADS"]) == scale.slurm.cpus_per_task
-    assert f"--cpus-per-task={scale.slurm.cpus_per_task}" in scale.slurm.run  # srun does not inherit it
+    for scale in (read(name), scales.read(composed(name, "scale.slurm.cpus_per_task=3")["scale"])):
+        assert int(scale.environment["OMP_NUM_THREADS"]) == scale.slurm.cpus_per_task
+        assert f"--cpus-per-task={scale.slurm.cpus_per_task} " in scale.slurm.run  # srun does not inherit it
 
 
 def test_xla_knows_the_flags():
@@ -99,6 +99,9 @@ def test_xla_knows_the_flags():
         ("+scale.environment.A=[1]", "config scale.environment.A: expected text or a whole number or a number"),
         ("scale.hardware.peak_tflops=0", "config scale.hardware.peak_tflops: expected a positive number or null, got 0"),
         ("scale.mesh.fsdp=two", "config scale.mesh: expected a table of whole numbers"),
+        ("+scale._target_=twinsim.base.Bounds", "config scale: expected names of settings, got '_target_'"),
+        ("+scale.start._partial_=true", "config scale.start: expected names of settings, got '_partial_'"),
+        ("+train._partial_=1", "config train: expected names of settings, got '_partial_'"),
     ],
 )
 def test_what_is_wrong_is_named(change, says):

@@ -69,6 +69,8 @@ def test_runs_that_do_not_fit_are_one_sentence(tmp_path: Path, asked: list[Path]
         truth.simulated(str(tmp_path), {"control": {"days": 4}}, ["tas"])
     with pytest.raises(BadInput, match="a seed of its own"):
         truth.simulated(str(tmp_path), {"a": {"days": 1}, "b": {"days": 1}}, ["tas"])
+    with pytest.raises(BadInput, match="plain name for each run.*got '../warm'"):
+        truth.simulated(str(tmp_path), {"../warm": {"days": 1}}, ["tas"])
     with pytest.raises(BadInput, match="branch cold.*control, warm"):
         truth.simulated(str(tmp_path), RUNS, ["tas"], branches=["cold"])
 

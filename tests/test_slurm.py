@@ -200,6 +200,15 @@ def test_each_ending_leaves_its_marker(tmp_path, monkeypatch, says, code, queue,
     assert not requeued or (tmp_path / "requeued").read_text() == "requeue 77_1\n"
 
 
+@pytest.mark.parametrize(("line", "says"), [("test -n '' || { echo no SIF >&2; exit 2; }", "exit code 2 before the command: no SIF"),
+                                            ("set -e; module load x", "exit code 127 before the command")])  # fmt: skip
+def test_a_prologue_that_ends_the_job_is_told(tmp_path, monkeypatch, line, says):
+    programs(tmp_path / "bin", monkeypatch, srun="touch began")
+    assert run_script(tmp_path / "train-x", slurm.settings({"slurm": {"prologue": [line]}}), []) in (2, 127)
+    assert (tmp_path / "train-x/1.failed").read_text().startswith(says)
+    assert not list((tmp_path / "train-x").glob("1.running"))
+
+
 def test_a_long_sweep_becomes_several_arrays(tmp_path, monkeypatch):
     jobs = [[f"seed={seed}"] for seed in range(2500)]
     asked = slurm.settings({"slurm": {"submit": False, "max_array": 1001}})

@@ -1,7 +1,8 @@
 """Objects from trusted configuration: an allow-list in front of Hydra's `instantiate`, and the hash that names a config.
 
-A `_target_` names a class or function of twinsim, domains, generators or optax. The whole node is checked before anything is
-built, since a config also comes back from checkpoints, which travel. Hydra's own blocklist is no boundary (hydra issue 3258).
+A `_target_` names a part: a class of twinsim, domains, generators or optax, or a function of them that gives one; not what moves
+files or runs commands. The whole node is checked before anything is built, since a config also comes back from checkpoints, which
+travel. Hydra's own blocklist is no boundary (hydra issue 3258).
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -34,8 +36,9 @@ from packaging.requirements import Requirement
 from twinsim.base import BadInput
 
 ALLOWED = ("twinsim", "domains", "generators", "optax")
-# The engine's verbs read and write files or build again: a config names what they work on, never the verbs themselves.
-VERBS = ("twinsim.build", "twinsim.cli", "twinsim.record", "twinsim.report", "twinsim.run")
+# The engine's parts. Its other modules read and write files, submit jobs or build again: a config names what they work on, never them.
+PARTS = ("twinsim.base", "twinsim.generate", "twinsim.scale", "twinsim.train")
+FILES = {None, Path, list[Path]}  # what a function gives that is called for what it writes
 MAX_DEPTH = 32
 MAX_VALUES = 100_000  # of a config read back from a file, aliases written out
 _RESERVED = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
@@ -303,9 +306,19 @@ def resolve(target: Any, place: str = "") -> Callable[..., Any]:
         raise BadInput(f"{where}: expected a class or a function as `_target_`, got {_show(target)}")
     if not isinstance(home, str) or not _ours(home):
         raise BadInput(f"{where}: expected a `_target_` of {', '.join(ALLOWED)}, got {_show(target)}, which belongs to {home}")
-    if home in VERBS:
-        raise BadInput(f"{where}: expected a part to build as `_target_`, got {_show(target)}, which is a verb of the engine")
+    if (parts[0] == "twinsim" and home not in PARTS) or _writes(owner):
+        raise BadInput(f"{where}: expected a part to build as `_target_`, got {_show(target)}, which is there for what it does")
     return owner
+
+
+def _writes(target: Callable[..., Any]) -> bool:
+    """Whether a function of ours says of itself that nothing but files comes of it."""
+    if inspect.isclass(target):
+        return False
+    try:
+        return inspect.signature(target, eval_str=True).return_annotation in FILES
+    except (AttributeError, NameError, SyntaxError, TypeError, ValueError):  # a name that only the type checker imports
+        return False
 
 
 def _ours(module: str) -> bool:

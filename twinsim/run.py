@@ -161,6 +161,8 @@ def drawing_settings(config: Config) -> generate.Settings:
 def _settings(part: str, values: Mapping[str, Any], target: str) -> Any:
     """The settings of `part`, whose values are numbers or lists of numbers."""
     for name, value in values.items():
+        if name.startswith("_"):
+            raise BadInput(f"config {part}: expected names of settings, got {name!r}")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise BadInput(f"config {part}.{name}: expected a number, got {value!r}")

@@ -88,6 +88,9 @@ def read(table: Mapping[str, Any]) -> Scale:
     sizes = table.get("mesh", {})
     if not isinstance(sizes, Mapping) or not all(type(size) is int for size in sizes.values()):
         raise BadInput(f"config scale.mesh: expected a table of whole numbers, got {sizes!r}")
+    for place, part in (("scale", table), *((f"scale.{name}", table.get(name)) for name in PARTS)):
+        if isinstance(part, Mapping) and (hidden := [name for name in part if str(name).startswith("_")]):
+            raise BadInput(f"config {place}: expected names of settings, got {hidden[0]!r}")
     node = {"_target_": "twinsim.scale.Scale", **table}
     for name, part in PARTS.items():
         inner = table.get(name)

@@ -186,6 +186,7 @@ mark() { # STATE TEXT
     rm -f "$folder/$number".{queued,running,requeued,stopped,failed}
     printf '%s\n' "$2" >"$folder/$number.$1"
 }
+trap 'code=$?; [ ! -e "$folder/$number.running" ] || mark failed "exit code $code before the command: $(said | tail -n 1)"' EXIT
 mark running "SLURM job ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID on $(hostname -s), start $((${SLURM_RESTART_COUNT:-0} + 1))"
 """
 

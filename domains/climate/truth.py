@@ -5,6 +5,7 @@ Each returns a dataset that carries its inputs (place, licence, sha256, size) in
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,14 @@ def simulated(
       branches: which of the runs to simulate and open, and in which order; all by default.
 
     Raises:
-      BadInput: two runs share a seed, or a branch is no run. Preempted: asked to stop; the blocks made so far stay.
+      BadInput: two runs share a seed, the name of one is no plain name, or a branch is no run.
+      Preempted: asked to stop; the blocks made so far stay.
     """
     seeds = [run.get("seed", 1) for run in runs.values()]
     if len(set(seeds)) < len(seeds):
         raise BadInput(f"simulated: expected a seed of its own for each run, got {', '.join(map(str, seeds))}")
+    if odd := [name for name in runs if not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise BadInput(f"simulated: expected a plain name for each run, which is that of its file, got {odd[0]!r}")
     branches = list(runs) if branches is None else branches
     if unknown := [name for name in branches if name not in runs]:
         raise BadInput(f"simulated: branch {unknown[0]}: expected one of the runs {', '.join(runs)}")
