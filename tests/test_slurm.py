@@ -176,6 +176,8 @@ SRUN_ERROR = "srun: error: node1: task"
         ("echo saved", 75, "COMPLETING TimeLimit", "requeued:saved", 75, True),
         ("echo saved", 75, "COMPLETING None", "stopped:saved", 75, False),
         ("true", 143, "RUNNING None", "requeued:", 75, True),
+        ("echo saved; echo 'W1128 17:15:31.497574   19 notifier.cc:90] SIGTERM caught'; echo '*** Check failure'; echo '  @   0x7f'",
+         75, "RUNNING None", "requeued:saved", 75, True),
         # several tasks: the others are ended when the first fails, and say that they were asked to stop
         (f"echo bad; echo '{SRUN_ERROR} 0: Exited with exit code 2'; echo '{SRUN_ERROR}s 1-3: Exited with exit code 75'",
          75, "RUNNING None", "failed:exit code 2: bad", 75, False),
@@ -248,10 +250,11 @@ def test_the_same_sweep_again_submits_what_is_neither_done_nor_queued(tmp_path, 
         (folder / f"{name[0]}.queued").unlink()
         (folder / name).write_text("said\n")
     script = folder / "sweep.sbatch"
-    queue = [f"echo '{task}|{state}|{script}'" for task, state in ((3, "RUNNING"), (4, "PENDING"))]
-    queue.append(f"echo '2|FAILED|{script}'")
-    queue.append("echo '5|RUNNING|/elsewhere/train-x/sweep.sbatch'")  # another sweep of that name
+    queue = [f"echo '{task}|{state}|{why}|{script}'" for task, state, why in ((3, "RUNNING", "None"), (4, "PENDING", "PartitionTimeLimit"))]
+    queue.append(f"echo '2|FAILED|None|{script}'")
+    queue.append("echo '5|RUNNING|None|/elsewhere/train-x/sweep.sbatch'")  # another sweep of that name
     programs(tmp_path / "bin", monkeypatch, squeue="\n".join(queue))
+    assert slurm.status(folder).jobs[3].said == "waits: PartitionTimeLimit", "what will never begin is seen"
     again = slurm.submit(tmp_path, "train", jobs, slurm.settings({"slurm": {"python": "other"}}))
     assert again[1:3] == ["submitted 2 of 5 jobs as 77", "1 done, 2 in the queue"]
     assert "--array=2,5%16" in script.read_text()
@@ -296,7 +299,7 @@ def test_status_tells_from_the_files_alone(capsys, tmp_path, monkeypatch, no_slu
     (folder,) = Path("out/sweeps").glob("train-*")
     (folder / "1.done").touch()
     (folder / "2.running").write_text("SLURM job 7\n")
-    (folder / "2.out").write_text("train  10/40\nsrun: got SIGCONT\n")
+    (folder / "2.out").write_text("train  10/40\nsrun: got SIGCONT\n[Gloo] Rank 0 is connected\n@  0x7f\n")
     (folder / "3.queued").touch()
     (folder / "4.requeued").write_text("asked to stop\n")
     code, out, _ = call(capsys, "status")
@@ -455,3 +458,29 @@ def test_a_training_that_is_asked_to_stop_goes_on_where_it_was(capsys, two_nodes
 def last_state(out: Path, step: int) -> str:
     (saved,) = (folder for folder in out.glob("models/*/checkpoints") if checkpoint.steps(folder)[-1] == step)
     return checkpoint.fingerprint(saved, step)
+
+
+@pytest.mark.slurm
+def test_draws_that_are_asked_to_stop_go_on_in_the_next_start(capsys, two_nodes, tmp_path, monkeypatch):
+    """Those of an evaluation over two nodes, between whose processes nothing moves; a generation draws in the same way."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = ["-m", *toy.words(toy.write_data(tmp_path), Path("out")), f"scenario={toy.write_scenario(tmp_path)}", "hydra/launcher=slurm"]
+    words += ["generate.batch=8", "evaluate.members=40", '++scale.slurm={nodes: 2, time: "00:10:00"}']
+    assert call(capsys, "evaluate", *words, f"++scale.environment={{XLA_FLAGS: '{processes.flags()}'}}")[0] == 0
+    (folder,) = tmp_path.glob("out/sweeps/evaluate-*")
+
+    def drawn() -> int:
+        """Blocks in the journals."""
+        return sum(len(path.read_text().splitlines()) - 1 for path in tmp_path.glob("out/models/*/*.partial/test/journal-*.jsonl"))
+
+    until(lambda: drawn() > 4 or "failed" in standing(folder).values(), 200, "nothing is drawn", folder)
+    said("scancel", "--signal=TERM", numbered(folder, 1))
+    until(lambda: standing(folder)[1] == "requeued", 90, f"{slurm.status(folder)}", folder)
+    assert "the same command goes on" in slurm.status(folder).jobs[0].said
+    assert 4 < (before := drawn()) < 40 * 24 / 8
+    start_now(numbered(folder, 1))
+    seen: list[int] = []
+    until(lambda: seen.append(drawn()) or standing(folder) == {1: "done"}, 200, f"{slurm.status(folder)}", folder)
+    assert min(filter(None, seen)) == before and max(seen) > before, "nothing is drawn again"
+    assert list(tmp_path.glob("out/models/*/evaluation-*/metrics.json"))

@@ -236,6 +236,8 @@ def stream(
         together = left[first : first + count]
         for block in together[mesh.process() :][:1]:
             write(block)
+        if not first:  # whoever found the program compiled does not run ahead of the others, who would have to catch up before they leave
+            mesh.wait_for_all(f"{store} begun")
         drawn += sum(block.size for block in together)
         progress(drawn, members * items)
     mesh.wait_for_all(f"{store} drawn")

@@ -40,6 +40,7 @@ RULES: Rules = (
 
 
 GOODBYE = 5.0  # seconds that a process which ends with an error waits for the others to do so as well
+TOGETHER = 60.0  # the same of one that was asked to leave: the others were too, and finish the step that they are in
 
 
 class Preempted(RuntimeError):
@@ -372,7 +373,7 @@ def leave(code: int) -> NoReturn:
     """Ends this process of several. It waits a moment for others that are leaving as well, but not for those that wait for it."""
     goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     goodbye.start()
-    goodbye.join(GOODBYE)
+    goodbye.join(TOGETHER if code == Preempted.exit_code else GOODBYE)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

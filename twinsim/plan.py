@@ -391,7 +391,7 @@ def _energy(hours: Range | None, devices: int, scale: scales.Scale) -> tuple[Ran
 
 
 def _notes(training: Range | None, scale: scales.Scale, settings: train.Settings) -> list[str]:
-    notes = ["the time is that of training; data, evaluation and generation come on top"]
+    notes = ["the time is that of the steps; starting and compiling, data, evaluation and generation come on top"]
     limit = _seconds(scale.slurm.time) if scale.slurm and scale.slurm.time else None
     if training and limit and training[0] > limit:
         notes.append(f"longer than the {scale.slurm.time if scale.slurm else ''} of one job: it saves, leaves and is requeued on the way")

@@ -28,7 +28,10 @@ from twinsim.base import BadInput
 MARKERS = ("done", "queued", "running", "requeued", "stopped", "failed")  # where there are two, the first holds
 STATES = ("done", "running", "queued", "requeued", "stopped", "failed", "not submitted")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"}
+NOWHERE = (None, "")  # a job that SLURM does not know
 TAIL = 8000  # bytes at the end of an output that are looked at
+# lines of an output that the job itself did not say: SLURM's, Gloo's, absl's log and its stack trace
+NOISE = r"(srun|slurmstepd)[^ ]*: |\[Gloo\]|[IWEF][0-9]{4} [0-9:.]+ | *@ +0x|\*\*\* "
 TIME = re.compile(r"\d+-\d{1,2}(:\d{2}){0,2}|\d+:\d{2}:\d{2}")
 
 
@@ -174,7 +177,8 @@ def script(folder: Path, numbers: Sequence[int], asked: Settings, directory: Pat
     lines += ["#SBATCH --requeue", *(f"#SBATCH {line}" for line in asked.sbatch)]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in asked.environment.items()]
     place = [f"folder={shlex.quote(str(folder))}", f"number=$((SLURM_ARRAY_TASK_ID + {before}))"]
-    return "\n".join(["#!/bin/bash", *lines, "", *place, START, *exports, *asked.prologue, f"run={shlex.quote(asked.run)}", END])
+    body = [START, *exports, *asked.prologue, f"run={shlex.quote(asked.run)}", END.replace("NOISE", NOISE)]
+    return "\n".join(["#!/bin/bash", *lines, "", *place, *body])
 
 
 START = r"""
@@ -198,7 +202,7 @@ set +euo pipefail # where the prologue has set them
 # of several tasks the first that ended tells why: srun ends the others, and they say that they were asked to stop
 why=$(said | sed -nE 's/^srun: error: [^ ]+: tasks? [^ ]+: //p' | head -n 1)
 why=${why:-Exited with exit code $code}
-last=$(said | grep -avE '^(srun|slurmstepd)[^ ]*: |^\s*$' | tail -n 1)
+last=$(said | grep -avE '^(NOISE|\s*$)' | tail -n 1)
 last=${last:-$(said | tail -n 1)}
 if [ "$code" -eq 0 ]; then
     mark done "$last"
@@ -246,7 +250,7 @@ def submit(sweeps: Path, verb: str, jobs: Sequence[Sequence[str]], asked: Settin
     lines = [command(asked.python, verb, words) for words in jobs]
     queue = _queue(folder, must_answer=asked.submit) or {}
     markers = _markers(folder)  # after the queue: a job that ends in between has left its marker
-    states = [_state(markers.get(number), queue.get(number), known=True) for number in range(1, len(lines) + 1)]
+    states = [_state(markers.get(number), queue.get(number, NOWHERE)[0], known=True) for number in range(1, len(lines) + 1)]
     queued = [number for number, state in enumerate(states, 1) if state in ("running", "queued", "requeued")]
     todo = [number for number, state in enumerate(states, 1) if state != "done" and number not in queued]
     if queued:  # their array asked for the nodes that their command expects
@@ -316,7 +320,7 @@ def _write(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """How job `number` stands: one of STATES, the words that tell it from the others, and what it said last."""
+    """How job `number` stands: one of STATES, the words that tell it from the others, and what it said last or why it waits."""
 
     number: int
     state: str
@@ -354,9 +358,10 @@ def status(folder: Path) -> Status:
     jobs = []
     for number, words in enumerate(commands, 1):
         marker = markers.get(number)
-        state = _state(marker, (queue or {}).get(number), known=queue is not None)
+        queued, reason = (queue or {}).get(number, NOWHERE)
+        state = _state(marker, queued, known=queue is not None)
         own = [word for word in words[1:] if word not in shared or len(commands) == 1]
-        jobs.append(Job(number, state, " ".join(own), _said(folder, number, marker, state)))
+        jobs.append(Job(number, state, " ".join(own), _said(folder, number, marker, state) or (state == "queued" and reason) or ""))
     return Status(folder, commands[0][0], queue is not None, jobs)
 
 
@@ -366,7 +371,8 @@ def lines(found: Status) -> list[str]:
     alone = "" if found.asked else " (no SLURM here: as its files tell)"
     wide = max(len(job.words) for job in found.jobs)
     rows = [f"  {job.number:>4}  {job.state:<13}  {job.words:<{min(wide, 60)}}  {job.said}".rstrip() for job in found.jobs]
-    return [f"{found.folder}: {len(found.jobs)} jobs: {counts}{alone}", *rows]
+    jobs = "1 job" if len(found.jobs) == 1 else f"{len(found.jobs)} jobs"
+    return [f"{found.folder}: {jobs}: {counts}{alone}", *rows]
 
 
 def table(found: Status) -> dict[str, Any]:
@@ -414,7 +420,7 @@ def _last_line(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         found = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    return next((line for line in reversed(found) if line and not re.match(r"(srun|slurmstepd)\S*: ", line)), "")
+    return next((line for line in reversed(found) if line and not re.match(NOISE, line)), "")
 
 
 def _markers(folder: Path) -> dict[int, str]:
@@ -425,20 +431,23 @@ def _markers(folder: Path) -> dict[int, str]:
     return found
 
 
-def _queue(folder: Path, must_answer: bool = False) -> dict[int, str] | None:
-    """Job -> its state in SLURM's queue; None where there is no SLURM. Raises BadInput where it is there and must answer, but does not."""
+def _queue(folder: Path, must_answer: bool = False) -> dict[int, tuple[str, str]] | None:
+    """Job -> its state in SLURM's queue, and why it waits there; None where there is no SLURM.
+
+    Raises BadInput where it is there and must answer, but does not.
+    """
     if shutil.which("squeue") is None:
         return None
     try:
-        answer = _call("squeue", "--noheader", "--array", "--states=all", f"--name={folder.name}", "--format=%K|%T|%o")
+        answer = _call("squeue", "--noheader", "--array", "--states=all", f"--name={folder.name}", "--format=%K|%T|%r|%o")
     except BadInput:
         if must_answer:
             raise
         return None
     found = {}
     for line in answer.splitlines():
-        task, state, path = line.split("|", 2)
+        task, state, reason, path = line.split("|", 3)
         if Path(path).parent == folder and task.isdecimal() and state not in ENDED:
             first = re.fullmatch(r"sweep-(\d+)", Path(path).stem)
-            found[int(task) + (int(first[1]) - 1 if first else 0)] = state
+            found[int(task) + (int(first[1]) - 1 if first else 0)] = state, f"waits: {reason}"
     return found
