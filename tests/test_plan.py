@@ -2,7 +2,7 @@
 
 import json
 import math
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,14 @@ class Layers(nnx.Module):
         return jnp.mean(x**2)
 
 
+class Again(Layers):
+    """The same layers twice, computed again in the backward pass."""
+
+    def loss(self, example, key):
+        block = jax.checkpoint(lambda x: reduce(lambda x, layer: jnp.tanh(layer(x)), self.layers, x))
+        return jnp.mean(block(block(example.target[:, 0])) ** 2)
+
+
 def layers() -> Layers:
     return Layers(rngs=nnx.Rngs(0))
 
@@ -67,6 +75,11 @@ def test_activations_of_one_example_are_the_inputs_and_outputs_of_layers():
     cost = plan.cost_of(plan.Module(layers), SPEC)
     vectors = cost.activations / (4 * WIDTH)
     assert LAYERS <= vectors <= 3 * LAYERS + 2  # each layer's input, and what its tanh needs
+
+
+def test_of_blocks_that_are_computed_again_one_is_there_at_a_time():
+    once, again = (plan.cost_of(plan.Module(lambda made=made: made(rngs=nnx.Rngs(0))), SPEC).activations for made in (Layers, Again))
+    assert once < again <= once + 4 * 4 * WIDTH  # the layers of one block, and what stands between the blocks
 
 
 def test_state_under_a_mesh():
@@ -131,7 +144,7 @@ def test_precision_and_rematerialisation_reach_the_parts_that_take_them():
     build = lambda **asked: plan.Module(lambda: run.build(node, "", spec=spec, rngs=nnx.Rngs(0), **asked))  # noqa: E731
     plain, half, lean = (plan.cost_of(build(**asked), spec) for asked in ({}, {"precision": "bfloat16"}, {"remat": True}))
     assert 0.4 * plain.activations < half.activations < 0.8 * plain.activations
-    assert lean.activations < 0.5 * plain.activations and lean.flops > 1.2 * plain.flops
+    assert lean.activations < 0.8 * plain.activations and lean.flops > 1.2 * plain.flops
 
 
 # ---------------------------------------------------------------- a configuration
@@ -160,10 +173,24 @@ def test_what_is_there_is_used(made, tmp_path):
     (folder / "train.jsonl").write_text("\n".join(lines))
     (folder / "config.yaml").write_text(json.dumps(config))
     found = plan.plan(config, toy.quiet)
-    assert found.spec == expected.spec and found.storage == expected.storage
+    held = sum(path.stat().st_size for path in run.places(config).statistics.rglob("*") if path.is_file())
+    assert (
+        found.spec == expected.spec and found.storage == {**expected.storage, "statistics": held} and expected.storage["statistics"] is None
+    )
     assert found.measured == 60.0 and found.step_s == pytest.approx((8 / 60, 8 / 60))
     elsewhere = plan.plan({**config, "scale": {**config["scale"], "environment": {"A": "1"}}}, toy.quiet)
     assert elsewhere.measured == 60.0 and elsewhere.step_s == expected.step_s and "not used here" in " ".join(elsewhere.notes)
+
+
+@pytest.mark.parametrize("content", [b"scale: \xff", b"a: &a [1]\nscale: *a", b"[" * 10**5, b""])
+def test_a_damaged_configuration_of_a_model_is_that_of_another_machine(made, tmp_path, content):
+    config = {**toy.config(made), "out": str(tmp_path)}
+    folder = run.places(config).model
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"step": 1, "examples_per_s": 5.0}')
+    (folder / "config.yaml").write_bytes(content)
+    measured, told = plan._measured(config, run.training_settings(config))
+    assert measured == 5.0 and not told.same_machine
 
 
 def test_what_does_not_fit_is_refused(made, capsys):

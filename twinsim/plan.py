@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import yaml
 from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from twinsim import mesh as meshes
-from twinsim import run, train
+from twinsim import run, scenario, train
 from twinsim import scale as scales
 from twinsim.base import BadInput, Domain, Example, Spec
 from twinsim.build import build, resolve, targets
@@ -47,7 +47,8 @@ class Memory(NamedTuple):
     Attributes:
       parameters, gradients, optimizer, averages: as the mesh splits them, float32.
       gathered: parameters put together again, or in another precision, at most all of them at once.
-      activations: what the backward pass needs of the forward pass, before the compiler fuses any of it away.
+      activations: what the backward pass needs of the forward pass, before the compiler fuses any of it away; with rematerialisation
+        what is kept, and the largest of the blocks that are computed again.
       batch: the rows of this device.
     """
 
@@ -156,8 +157,10 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
     nodes = scale.slurm.nodes if scale.slurm else 1
     hours = None if training is None else (nodes * training[0] / 3600, nodes * training[1] / 3600)
     energy, assumed_power = _energy(hours, devices // nodes, scale)
+    notes = [*told.sentences, *_notes(training, scale, settings), *_on_processors(scale)]
     storage = {
         "checkpoints": _bytes(state) * (settings.keep + 1),  # one more while the next is written
+        "statistics": _held_on_disk(run.places(config).statistics),
         "examples": None if examples is None else examples * 4 * _numbers(spec),
         "samples": samples,
     }
@@ -181,7 +184,7 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
         measured=measured,
         storage=storage,
         assumptions=tuple([*assumed, *assumed_time, *assumed_power]),
-        notes=tuple([*told.sentences, *_notes(training, scale, settings), *_room(storage, scale, Path(config["out"]))]),
+        notes=(*notes, *_room(storage, scale, Path(config["out"]))),
     )
 
 
@@ -211,6 +214,11 @@ def _shapes(config: Mapping[str, Any], progress: run.Progress) -> tuple[Spec, in
     if store is not None:
         return store.spec, len(store), samples
     return domain.spec(), len(domain.source("train")), samples
+
+
+def _held_on_disk(folder: Path) -> int | None:
+    """Bytes of the files in `folder`; None where it is not there yet."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else None
 
 
 def _answer_bytes(config: Mapping[str, Any], domain: Domain) -> int | None:
@@ -263,13 +271,30 @@ def cost_of(module: Module, spec: Spec) -> Cost:
     def residuals(params: train.Params, *rest: Any) -> Any:
         return jax.vjp(lambda params: loss(params, *rest), params)[1]  # a pytree of what the backward pass keeps
 
-    def of(count: int) -> tuple[float, int]:
+    def of(count: int) -> tuple[float, int, list[int]]:
         arrays = (module.params, module.fixed, _batch(spec, count), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)))
         analysis = jax.jit(jax.grad(loss)).lower(*arrays).cost_analysis() or {}
-        return float(analysis.get("flops", math.nan)), _bytes(jax.eval_shape(residuals, *arrays))
+        again = [_bytes(jax.eval_shape(_residuals(block), *block.in_avals)) for block in _recomputed(jax.make_jaxpr(loss)(*arrays).jaxpr)]
+        return float(analysis.get("flops", math.nan)), _bytes(jax.eval_shape(residuals, *arrays)), again
 
-    (flops1, kept1), (flops2, kept2) = of(1), of(2)
-    return Cost(flops2 - flops1, kept2 - kept1)
+    (flops1, kept1, again1), (flops2, kept2, again2) = of(1), of(2)
+    largest = max((two - one for one, two in zip(again1, again2, strict=True)), default=0)  # one block is there at a time
+    return Cost(flops2 - flops1, kept2 - kept1 + largest)
+
+
+def _recomputed(jaxpr: Jaxpr) -> Iterator[ClosedJaxpr]:
+    """The parts of a traced loss whose activations are computed again in the backward pass."""
+    for equation in jaxpr.eqns:
+        inner = equation.params.get("jaxpr")
+        if isinstance(inner, Jaxpr) and equation.primitive.name in ("checkpoint", "remat", "remat2"):
+            yield ClosedJaxpr(inner, ())
+        elif inner is not None:
+            yield from _recomputed(getattr(inner, "jaxpr", inner))
+
+
+def _residuals(block: ClosedJaxpr) -> Callable[..., Any]:
+    """A function of the inputs of `block` that gives what its backward pass keeps of its forward pass."""
+    return lambda *given: jax.vjp(jaxpr_as_fun(block), *given)[1]
 
 
 def memory_per_device(
@@ -350,8 +375,9 @@ def _measured(config: Mapping[str, Any], settings: train.Settings) -> tuple[floa
     rate = float(median(rates))
     done = f"{lines[-1]['step']} of {settings.steps} steps of this model are done; the figures are those of all of them"
     try:
-        before = yaml.safe_load((folder / "config.yaml").read_text())["scale"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        path = folder / "config.yaml"
+        before = scenario.parse(scenario.read(path), str(path), targets=True)[0].get("scale")
+    except BadInput:
         before = None
     same = before == config["scale"]
     source = "on this scale" if same else "on another scale, so it is not used here"
@@ -398,6 +424,13 @@ def _notes(training: Range | None, scale: scales.Scale, settings: train.Settings
     if training and training[1] / settings.steps * settings.save_every > 1800:
         notes.append("more than half an hour may lie between two checkpoints: a smaller train.save_every loses less to a crash")
     return notes
+
+
+def _on_processors(scale: scales.Scale) -> list[str]:
+    """What XLA makes of a training on this machine's processors, where the scale asks for what it knows for accelerators alone."""
+    if scale.slurm is not None or jax.default_backend() != "cpu" or (scale.precision == "float32" and not scale.remat):
+        return []
+    return ["on processors XLA keeps what scale.remat would compute again, and computes bfloat16 in float32: activations as with neither"]
 
 
 def _room(storage: Mapping[str, int | None], scale: scales.Scale, out: Path) -> list[str]:
