@@ -1,7 +1,9 @@
 """What is saved comes back bit for bit on any mesh; what is damaged is put aside and the step before it is used."""
 
+import json
 import shutil
 import warnings
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +166,44 @@ def test_damaged_step_is_put_aside_and_the_one_before_is_used(folder, name):
     assert aside.name.split("-", 1)[1] in reason.split("|")
     assert len(told) == 1 and str(folder / "3") in told[0] and "\n" not in told[0]
     assert checkpoint.restore(folder, tree(), report=told.append)[0] == 2 and len(told) == 1
+
+
+FORGED = {
+    "terabytes": {"shape": [10**13]},
+    "a negative size": {"shape": [-1]},
+    "text as a shape": {"shape": "abc"},
+    "objects": {"dtype": "object"},
+    "no type": {"dtype": "nonsense"},
+}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", FORGED)
+def test_manifest_from_outside_makes_no_room_for_what_cannot_be(tmp_path, name, alone):
+    checkpoint.save(tmp_path, 1, {"a": np.ones(3, np.float32)}, wait=True, alone=alone)
+    manifest = json.loads((tmp_path / "1/manifest.json").read_text())
+    manifest["leaves"]["a"] |= FORGED[name]
+    manifest["digest"] = checkpoint._digest(manifest["leaves"])  # no signature: whoever writes the folder can make it
+    (tmp_path / "1/manifest.json").write_text(json.dumps(manifest))
+    told = []
+    with pytest.raises(BadInput, match="no whole step is left"):
+        checkpoint.restore_raw(tmp_path, report=told.append)
+    assert "manifest.json" in told[0] and (tmp_path / "1.quarantined-manifest").is_dir()
+
+
+def test_archive_from_outside_makes_no_room_and_runs_nothing(tmp_path):
+    for step, declared in enumerate(("(10000000000000,), 'descr': '<f4'", "(1,), 'descr': '|O'")):
+        checkpoint.save(tmp_path, step, {"a": np.ones(3, np.float32)}, wait=True, alone=True)
+        archive, manifest = tmp_path / f"{step}/state.npz", tmp_path / f"{step}/manifest.json"
+        header = f"{{'shape': {declared}, 'fortran_order': False}}\n".encode()
+        with zipfile.ZipFile(archive, "w") as made:
+            made.writestr("a.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+        facts = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps({**facts, "files": {"state.npz": archive.stat().st_size}}))
+        told = []
+        with pytest.raises(BadInput, match="no whole step is left"):
+            checkpoint.restore_raw(tmp_path, report=told.append)
+        assert "its arrays cannot be read (a has" in told[0]
 
 
 def test_value_changed_on_disk_without_a_trace_is_named_by_its_leaf(folder, monkeypatch):

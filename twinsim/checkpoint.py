@@ -10,6 +10,7 @@ The checksum is a sum over elements, so it is the same for every sharding, is ta
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 import threading
@@ -33,6 +34,7 @@ from twinsim.data import publish
 FORMAT = "twinsim-checkpoint-1"
 MANIFEST = "manifest.json"
 ALONE = "state.npz"  # the arrays of a step that one process saved by itself
+DENSEST = 100_000  # bytes that a byte on disk may stand for: zeros compress well
 SPARE = 1.05  # disk space asked for before a save, in sizes of the state
 
 Report = Callable[[str], None]
@@ -268,10 +270,13 @@ def _manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT or manifest["digest"] != _digest(manifest["leaves"]):
             raise _Damaged("manifest", f"{MANIFEST} does not match its own digest")
-        files = dict(manifest["files"])
+        files = {str(name): int(length) for name, length in manifest["files"].items()}
+        declared = sum(_declared(leaf) for leaf in manifest["leaves"].values())
+        if declared > (most := DENSEST * sum(files.values())):
+            raise _Damaged("manifest", f"{MANIFEST} declares arrays of {declared} bytes, of which its files can hold {most}")
     except FileNotFoundError as error:
         raise _Damaged("manifest", f"{MANIFEST} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, OSError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise _Damaged("manifest", f"{MANIFEST} cannot be read ({error})") from error
     for name, length in files.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
@@ -280,6 +285,15 @@ def _manifest(path: Path) -> dict[str, Any]:
         if found != length:
             raise _Damaged("truncated", f"file {name} has {found} bytes instead of {length}")
     return manifest
+
+
+def _declared(leaf: Mapping[str, Any]) -> int:
+    """Bytes of a leaf as the manifest describes it. Raises ValueError or TypeError for what no array has."""
+    if not all(type(size) is int and size >= 0 for size in leaf["shape"]):
+        raise ValueError(f"shape {leaf['shape']!r}")
+    if (dtype := jnp.dtype(leaf["dtype"])).hasobject:
+        raise ValueError(f"type {dtype}")
+    return math.prod(leaf["shape"]) * dtype.itemsize
 
 
 def _compare(path: Path, leaves: Mapping[str, Any], targets: Mapping[str, Any]) -> None:
@@ -298,6 +312,7 @@ def _compare(path: Path, leaves: Mapping[str, Any], targets: Mapping[str, Any]) 
 def _load(path: Path, leaves: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if (path / ALONE).exists():
+            _check_sizes(path / ALONE, targets)
             with np.load(path / ALONE, allow_pickle=False) as arrays:
                 values = {name: arrays[name] for name in targets}
         else:
@@ -312,6 +327,17 @@ def _load(path: Path, leaves: Mapping[str, Any], targets: Mapping[str, Any]) -> 
         others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise _Damaged("checksum", f"{bad[0]}{others} differs from its checksum")
     return values
+
+
+def _check_sizes(file: Path, targets: Mapping[str, Any]) -> None:
+    """Raises ValueError where an array in an archive is not of the size that is asked for: numpy makes room before it reads."""
+    with zipfile.ZipFile(file) as archive:
+        for name, leaf in targets.items():
+            with archive.open(f"{name}.npy") as member:
+                np.lib.format.read_magic(member)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            if math.prod(shape) * dtype.itemsize != leaf.size * leaf.dtype.itemsize:
+                raise ValueError(f"{name} has {math.prod(shape) * dtype.itemsize} bytes")
 
 
 # ---------------------------------------------------------------- leaves
