@@ -290,6 +290,15 @@ def test_where_a_job_stands(marker, queued, state):
     assert queued or slurm._state(marker, None, known=False) == (marker or "not submitted")
 
 
+@pytest.mark.parametrize("content", [b"", b"\n", b"python -m twinsim train 'a\n", b"python\n", b"\xff\xfe"])
+def test_a_damaged_list_of_jobs_is_one_sentence(capsys, tmp_path, monkeypatch, no_slurm, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/sweeps/train-x").mkdir(parents=True)
+    (tmp_path / "out/sweeps/train-x/jobs.txt").write_bytes(content)
+    code, _, err = call(capsys, "status")
+    assert code == 2 and "jobs.txt: damaged, expected a command a line" in err and len(err.splitlines()) == 1
+
+
 def test_status_tells_from_the_files_alone(capsys, tmp_path, monkeypatch, no_slurm):
     monkeypatch.chdir(tmp_path)
     assert call(capsys, "status")[:2] == (0, "no sweep in out/sweeps\n")

@@ -27,6 +27,7 @@ import numpy as np
 from jax import lax
 from orbax.checkpoint import v1 as ocp
 
+from twinsim import files
 from twinsim import mesh as meshes
 from twinsim.base import BadInput
 from twinsim.data import publish
@@ -35,6 +36,7 @@ FORMAT = "twinsim-checkpoint-1"
 MANIFEST = "manifest.json"
 ALONE = "state.npz"  # the arrays of a step that one process saved by itself
 DENSEST = 100_000  # bytes that a byte on disk may stand for: zeros compress well
+MORE_ROOM = "those before it are whole, and with more room the same command goes on"
 SPARE = 1.05  # disk space asked for before a save, in sizes of the state
 
 Report = Callable[[str], None]
@@ -59,8 +61,8 @@ _saving: dict[Path, "_Save"] = {}  # the one save at work in each folder
 class _Save(threading.Thread):
     """Waits for orbax, then completes the step. Not a daemon: the program does not end before it."""
 
-    def __init__(self, work: Callable[[], None]):
-        super().__init__(name="checkpoint")
+    def __init__(self, step: int, work: Callable[[], None]):
+        super().__init__(name=f"checkpoint {step}")
         self.work = work
         self.error: Exception | None = None
 
@@ -94,7 +96,7 @@ def save(folder: Path, step: int, tree: Tree, *, keep: int = 3, wait: bool = Fal
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(folder).free) < needed:
-            raise BadInput(f"checkpoint {step} needs {needed / 2**20:.0f} MiB, but {folder} has {free / 2**20:.0f} MiB free")
+            raise BadInput(f"checkpoint {step} needs {needed / 2**20:.0f} MiB, but {folder} has {free / 2**20:.0f} MiB free; {MORE_ROOM}")
         for stale in folder.glob("*.saving"):  # of a run that was killed
             shutil.rmtree(stale)
     if not alone:
@@ -108,7 +110,7 @@ def save(folder: Path, step: int, tree: Tree, *, keep: int = 3, wait: bool = Fal
         if writes:
             _complete(folder, step, unfinished, described, keep)
 
-    _saving[folder] = thread = _Save(complete)
+    _saving[folder] = thread = _Save(step, complete)
     thread.start()
     if wait:
         finish(folder)
@@ -126,8 +128,8 @@ def _write_alone(unfinished: Path, leaves: Mapping[str, Any]) -> Callable[[], No
 
 
 def _complete(folder: Path, step: int, unfinished: Path, leaves: Mapping[str, Any], keep: int) -> None:
-    files = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in sorted(unfinished.rglob("*")) if path.is_file()}
-    manifest = {"format": FORMAT, "step": step, "digest": _digest(leaves), "leaves": leaves, "files": files}
+    written = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in sorted(unfinished.rglob("*")) if path.is_file()}
+    manifest = {"format": FORMAT, "step": step, "digest": _digest(leaves), "leaves": leaves, "files": written}
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
     if (folder / str(step)).exists():  # saved before, then trained again from an earlier step
         _put_aside(folder / str(step), "replaced")
@@ -137,10 +139,13 @@ def _complete(folder: Path, step: int, unfinished: Path, leaves: Mapping[str, An
 
 
 def finish(folder: Path | None = None) -> None:
-    """Waits for the save at work in `folder`, or in all folders, and raises its error where it failed."""
+    """Waits for the save at work in `folder`, or in all folders, and raises its error where it failed; BadInput where the disk did."""
     for one in [folder.absolute()] if folder is not None else list(_saving):
         if thread := _saving.pop(one, None):
             thread.join()
+            if thread.error is not None and files.unusable(thread.error):
+                said = " ".join(str(thread.error).split())
+                raise BadInput(f"{thread.name} in {one} was not written ({said}); {MORE_ROOM}") from thread.error
             if thread.error is not None:
                 raise thread.error
 
@@ -270,15 +275,15 @@ def _manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT or manifest["digest"] != _digest(manifest["leaves"]):
             raise _Damaged("manifest", f"{MANIFEST} does not match its own digest")
-        files = {str(name): int(length) for name, length in manifest["files"].items()}
+        lengths = {str(name): int(length) for name, length in manifest["files"].items()}
         declared = sum(_declared(leaf) for leaf in manifest["leaves"].values())
-        if declared > (most := DENSEST * sum(files.values())):
+        if declared > (most := DENSEST * sum(lengths.values())):
             raise _Damaged("manifest", f"{MANIFEST} declares arrays of {declared} bytes, of which its files can hold {most}")
     except FileNotFoundError as error:
         raise _Damaged("manifest", f"{MANIFEST} is missing") from error
     except (AttributeError, OSError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise _Damaged("manifest", f"{MANIFEST} cannot be read ({error})") from error
-    for name, length in files.items():
+    for name, length in lengths.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found is None:
             raise _Damaged("missing", f"file {name} is missing")

@@ -350,8 +350,13 @@ def find(folder: Path) -> list[Path]:
 
 
 def status(folder: Path) -> Status:
-    """How each job of the sweep in `folder` stands."""
-    commands = [shlex.split(line)[3:] for line in (folder / "jobs.txt").read_text().splitlines()]  # without PYTHON -m twinsim
+    """How each job of the sweep in `folder` stands. Raises BadInput where its list of jobs is damaged."""
+    try:
+        commands = [shlex.split(line)[3:] for line in (folder / "jobs.txt").read_text().splitlines()]  # without PYTHON -m twinsim
+    except ValueError:
+        commands = []
+    if not commands or not all(commands):
+        raise BadInput(f"{folder / 'jobs.txt'}: damaged, expected a command a line; the command of the sweep writes it again")
     queue = _queue(folder.resolve())
     markers = _markers(folder)
     shared = set(commands[0]).intersection(*commands)
