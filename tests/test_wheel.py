@@ -45,6 +45,16 @@ def test_holds_the_whole_checkout(wheel: Path) -> None:
     assert wheel.stat().st_size < LARGEST
 
 
+@pytest.mark.parametrize("recipe", ["cuda.def", "rocm.def", "Dockerfile"])
+def test_a_container_takes_all_that_the_wheel_is_built_of_and_says_that_nobody_built_it(recipe: str) -> None:
+    text = (ROOT / "scripts/containers" / recipe).read_text()
+    taken = [name for line in re.findall(r"^(?:COPY|   (?! bash)) ([\w./ ]+) /opt/twinsim", text, re.MULTILINE) for name in line.split()]
+    assert set(taken) > {*PARTS, "pyproject.toml", "README.md", "LICENSE", "requirements"}
+    assert all((ROOT / name).exists() for name in taken)
+    assert "not built and not run yet" in text
+    call("bash", "-n", ROOT / "scripts/containers/install.sh", cwd=ROOT)
+
+
 @pytest.mark.parametrize("installed", [False, True], ids=["checkout", "wheel"])
 def test_hydra_finds_the_launcher(wheel: Path, tmp_path: Path, installed: bool) -> None:
     if installed:
