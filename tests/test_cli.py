@@ -1,7 +1,9 @@
 """The command answers fast, knows what was meant, and ends with the exit code it documents."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +50,15 @@ def test_help_names_every_verb_exit_code_and_an_example(capsys):
         assert f"\n  {verb} " in out
     for shown in ("exit codes", "75", "130", "twinsim run climate/heatwave", "-m seed=0,1,2", "--cfg"):
         assert shown in out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--scenarios"]])
+def test_a_reader_that_has_heard_enough_ends_it_quietly(words):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "twinsim", *words], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_scenarios_are_listed(capsys):
