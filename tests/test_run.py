@@ -424,7 +424,10 @@ def test_reproduce_names_a_damaged_file_before_it_begins(made, tmp_path, monkeyp
     monkeypatch.setattr(run, "deliver", lambda *_: pytest.fail("ran"))
     folder = shutil.copytree(folder_of(made), tmp_path / "run")
     chunk = next(path for path in sorted((folder / "samples.zarr/tas/c").rglob("*")) if path.is_file())
-    for path, text in ((chunk, chunk.read_bytes()[:9]), (folder / "samples.zarr/tas/zarr.json", b"{"), (folder / "metrics.json", b"{")):
+    metadata = folder / "samples.zarr/tas/zarr.json"
+    endless = json.dumps({**json.loads(metadata.read_text()), "shape": [10**13, 10, 8, 12]}).encode()
+    cut = chunk.read_bytes()[:9]
+    for path, text in ((chunk, cut), (metadata, b"{"), (metadata, endless), (folder / "metrics.json", b"{")):
         whole = path.read_bytes()
         path.write_bytes(text)
         with pytest.raises(BadInput, match="damaged") as caught:
