@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# before jax is imported for the first time
+# before numpy and jax are imported for the first time
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers fill the cores: threads of small solves would only wait for one another
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
