@@ -173,6 +173,25 @@ def test_precision_and_remat_of_the_scale_are_those_of_training(made, begun):
     assert 1e-6 < max(gap) < 1e-2  # four steps of Adam, each at most its rate
 
 
+def test_a_finished_run_says_what_has_changed_since(made, capsys, monkeypatch):
+    again = lambda: run.deliver(toy.config(made), telling)  # noqa: E731
+    truth, folder = made / "toy.nc", folder_of(made)
+    whole = truth.read_bytes()
+    assert again() == folder and not capsys.readouterr().err
+    try:
+        truth.write_bytes(whole + b"\0")
+        with pytest.raises(BadInput, match="toy.nc: its content has changed since"):
+            again()
+        truth.unlink()
+        assert again() == folder and "is not known" in capsys.readouterr().err
+    finally:
+        truth.write_bytes(whole)
+    monkeypatch.setattr(record, "git_state", lambda: {"commit": "0123456789abcdef", "dirty": False})
+    assert again() == folder
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"was made by twinsim {record.read(folder).code}, this is 0.1.0+0123456789ab" in said
+
+
 def test_answer_is_written_member_by_member_with_the_same_bytes(made, begun, monkeypatch):
     monkeypatch.setattr(run, "PART_BYTES", 1)
     asked, opened = [], Climate.dataset_of

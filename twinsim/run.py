@@ -36,7 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twinsim import checkpoint, evaluation, files, generate, mesh, record, scale, scenario, train
 from twinsim.base import BadInput, Domain, Example, Question, Sample, Section, Statistics
-from twinsim.build import build, check_targets, config_hash
+from twinsim.build import build, check_targets, config_hash, targets
 from twinsim.build import resolve as resolve_target
 from twinsim.data import ExampleStore, write_examples
 from twinsim.evaluation import DONE, MEMORY, MODEL, TOLERANCE, Evaluation
@@ -444,12 +444,16 @@ def read_scenario(config: Config) -> Asked:
 
 
 def deliver(config: Config, progress: Progress) -> Path:
-    """Everything for one scenario: trained, evaluated, drawn, checked, reported and recorded. Returns the run's folder."""
+    """Everything for one scenario: trained, evaluated, drawn, checked, reported and recorded. Returns the run's folder.
+
+    A run that is finished is found again, and not made again. Raises BadInput where it was made from files that have other content now.
+    """
     began = time.time()
     check(config)
     asked = read_scenario(config)
     folder = Path(config["out"]) / "runs" / asked.name
     if mesh.all_agree((folder / record.RECORD).exists()):
+        _check_made_from(folder, config)
         return folder
     with files.alone(folder, tell):
         if not mesh.all_agree((folder / record.RECORD).exists()):
@@ -465,6 +469,27 @@ def deliver(config: Config, progress: Progress) -> Path:
                 if mesh.is_first():
                     _answer(config, asked, trained, question, drawn, judged, unfinished, progress, began)
     return folder
+
+
+def _check_made_from(folder: Path, config: Config) -> None:
+    """Raises BadInput where an input of a finished run has changed; says so where that cannot be told, or other code made the run."""
+    try:
+        recorded = record.read(folder)
+        inputs = [] if makes_data(config) else open_domain(config).inputs()
+    except BadInput as error:
+        return tell(f"{error}; whether {folder} was made from the inputs as they are now is not known")
+    if changed := [each for each in inputs if recorded.inputs.get(each["name"], each["sha256"]) != each["sha256"]]:
+        raise BadInput(
+            f"{changed[0]['place']}: its content has changed since {folder} was made from it; expected the same file, or another out=FOLDER"
+        )
+    if recorded.code != (now := record.code_version(record.git_state())):
+        tell(f"{folder} was made by twinsim {recorded.code}, this is {now}; move it away to make it again")
+
+
+def makes_data(config: Config) -> list[str]:
+    """What of a domain makes its truth where it is not there yet, which may take long; by their names."""
+    named = (node["_target_"] for _, node in targets(config["domain"], "domain"))
+    return [name for name in named if getattr(resolve_target(name, "domain"), "makes_data", False)]
 
 
 def _answer(
