@@ -15,6 +15,17 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 
+# in this order, before all others: a worker is not left alone with one of them at the end
+LONGEST = (
+    *("slurm", "wheel", "distributed", "contract", "city_transmission", "city_dispersion", "nets", "city_optimise", "run"),
+    *("city_twin", "train", "robotics_tasks", "window", "plan", "bad_input"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:

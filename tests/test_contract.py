@@ -295,9 +295,17 @@ SPECS = {"field": FIELD, "vector": Spec((1,), 12, 0, 3, (False,)), "motion": Spe
 OWN = {"ResidualMLP": "vector", "Ensemble": "motion"}  # networks that read no fields of any grid
 
 
+SMALL = {  # of the same parts, fewer of each: most of this test is compilation
+    "dit": ["generator.net.width=32", "generator.net.depth=1"],
+    "components": ["generator.net.width=32", "generator.net.depth=1"],
+    "world_model": ["generator.net.width=32", "generator.net.depth=1"],
+    **{name: ["generator.net.widths=[8,12]", "generator.net.embedding=32"] for name in ("unet", "flow")},
+}
+
+
 @pytest.mark.parametrize("name", GENERATORS)
 def test_generator_learns_and_draws_on_a_tiny_spec(name):
-    node = run.resolve(cli._compose([f"generator={name}"]))["generator"]
+    node = run.resolve(cli._compose([f"generator={name}", *SMALL.get(name, [])]))["generator"]
     spec = SPECS[OWN.get(node["net"]["_target_"].rpartition(".")[2], "field")]
     module = made(lambda: build(node, spec=spec, rngs=nnx.Rngs(0)))
     draw = np.random.default_rng(0)
