@@ -6,13 +6,25 @@ from pathlib import Path
 
 import pytest
 
-# before jax is imported for the first time
+# before numpy and jax are imported for the first time
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers fill the cores: threads of small solves would only wait for one another
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+
+# in this order, before all others: a worker is not left alone with one of them at the end
+LONGEST = (
+    *("slurm", "wheel", "distributed", "contract", "city_transmission", "city_dispersion", "nets", "city_optimise", "run"),
+    *("city_twin", "train", "robotics_tasks", "window", "plan", "bad_input"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture

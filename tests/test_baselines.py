@@ -203,8 +203,8 @@ def test_pca_gaussian_reaches_its_published_distance_on_sea_level_pressure():
     stat = means.fit_harmonics(train.values, days[0])
     anomaly, reference = (part.values - means.harmonics(stat, day) for part, day in zip((train, test), days, strict=True))
     fitted = baselines.PCAGaussian({"psl": anomaly}, {"day_of_year": days[0]}, weights=weights)
-    drawn = [fitted({"day_of_year": random(seed).integers(1, 366, 1000)}, members=1, seed=seed)["psl"][0] for seed in range(4)]
-    distance = np.mean([metrics.sliced_wasserstein(x, reference, weights) for x in drawn])  # one set of 1000 differs by 0.003
+    drawn = [fitted({"day_of_year": random(seed).integers(1, 366, 1000)}, members=1, seed=seed)["psl"][0] for seed in range(10)]
+    distance = np.mean([metrics.sliced_wasserstein(x, reference, weights) for x in drawn])  # one set of 1000 differs by 0.006
     assert distance == pytest.approx(0.106, abs=0.004)
 
 

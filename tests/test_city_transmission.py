@@ -1,11 +1,13 @@
 """Traffic over time where it is known: free flow, queues, shock waves, merges, shares of routes, and two ways that must agree."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from building import rough_jit
 
 from domains.city.equilibrium import equilibrium
 from domains.city.network import Network, build
@@ -116,10 +118,12 @@ def test_links_that_merge_share_by_their_capacities() -> None:
     network = build(
         start=[0, 1, 2], end=[2, 2, 3], length=1000.0, free_speed=10.0, capacity=np.array([2400.0, 1200.0, 1800.0]), zone=[0, 1, 3]
     )
+    laid = plan(network, 0.5 * HOUR, dt=20, update=100)
+    driven = rough_jit(lambda p: simulate(laid, p))
     for wanted, passing in (((2400, 1200), (1200, 600)), ((2400, 300), (1500, 300)), ((600, 600), (600, 600))):
         trips = np.zeros((3, 3))
         trips[:2, 2] = wanted
-        run = transmission(network, trips, 0.5 * HOUR, dt=20, update=100)
+        run = driven(given(laid, trips))
         np.testing.assert_allclose(np.asarray(run.outflow)[-20:, :2].mean(0), passing, rtol=2e-3)
 
 
@@ -152,9 +156,17 @@ def two_routes(**more) -> Network:
     return build(start=[0, 2, 0, 3], end=[2, 1, 3, 1], length=length, free_speed=10.0, capacity=1200.0, **({"zone": [0, 1]} | more))
 
 
+@pytest.fixture(scope="module")
+def routes() -> Callable[..., Run]:
+    """Half an hour on two routes, one program for all that is asked of it."""
+    laid = plan(two_routes(), 0.5 * HOUR, dt=20, update=100)
+    driven = rough_jit(lambda p: simulate(laid, p))
+    return lambda trips, **asked: driven(given(laid, trips, **asked))
+
+
 @pytest.mark.parametrize(("toll", "theta"), [(0.0, 30.0), (20.0, 30.0), (0.0, 60.0)])
-def test_shares_are_those_of_the_logit(toll: float, theta: float) -> None:
-    run = transmission(two_routes(), pair(300.0), 0.5 * HOUR, dt=20, update=100, theta=theta, toll=np.array([toll, 0, 0, 0]))
+def test_shares_are_those_of_the_logit(routes: Callable[..., Run], toll: float, theta: float) -> None:
+    run = routes(pair(300.0), theta=theta, toll=np.array([toll, 0, 0, 0]))
     cost = np.array([200 + toll, 230.0])
     excess = cost - cost.min()
     weight = (np.exp(-excess / theta) - 0.01) * (1 - excess / np.array([100 + toll, 115.0]))
@@ -285,7 +297,8 @@ def test_short_links_are_lengthened_and_named() -> None:
     assert isinstance(plan(network, HOUR), Plan)
     # a link without a travel time takes one step
     instant = plan(dataclasses.replace(network, free_speed=np.array([10, 1e12, 10.0])), HOUR, dt=10)
-    np.testing.assert_allclose(simulate(instant, given(instant, pair(1.0))).free_time, [100, 10, 60])
+    run = rough_jit(lambda p: simulate(instant, p))(given(instant, pair(1.0)))
+    np.testing.assert_allclose(run.free_time, [100, 10, 60])
 
 
 def test_wrong_numbers_are_named() -> None:

@@ -67,6 +67,8 @@ def test_a_model_without_any_condition_is_fitted_drawn_and_judged():
         assert baseline(question.condition, 2, 0)["pr"].shape == (2, *answer["pr"].shape)
     table = domain.score(generated, answer, question.condition).table
     assert table["pr: spread-skill ratio"].value == pytest.approx(1, abs=0.25)  # the logarithm of 1 + rain is not quite Gaussian
+    without = [name for name, score in table.items() if not score.low <= score.value <= score.high]
+    assert without == ["copies of training days"], without  # a count, not an estimate
 
 
 def test_splits_that_share_days_are_refused():
@@ -112,6 +114,30 @@ def test_reliability_of_exact_and_of_blind_probabilities():
     given, observed = scores.reliability(random.normal(size=(4, 400, 6, 6)), answer)
     np.testing.assert_allclose(given, [0, 0.25, 0.5, 0.75, 1])
     np.testing.assert_allclose(observed[:4], 0.25, atol=0.03)  # what happens has nothing to do with what was said
+
+
+def test_balance_and_mass_are_known_as_well_as_so_many_states_tell():
+    states, sigma, off = 300, 150.0, 2.0
+    random = np.random.default_rng(0)
+    domain = twin(truth(latitudes=24))
+    latitude = domain.dataset["lat"].values
+    wave = random.normal(size=(states, 1, 1)) * np.sin(np.deg2rad(latitude))[:, None] * np.ones(8)
+    z, t, p = 5600 + 60 * wave, 255 + wave, 1e5 + sigma * random.normal(size=(states, 1, 1)) + 0 * wave
+    balanced = np.stack([np.asarray(scores.physics.geostrophic_wind(*each, latitude)) for each in zip(z, t, p, strict=True)])
+    inside = scores.physics.mid_latitudes(latitude)
+    wind = balanced + off * random.normal(size=balanced.shape)
+    given = dict(zip(scores.GEOSTROPHIC, (z, t, p, wind), strict=True))
+    table: dict = {}
+    scores._score_balance(domain, {name: values[None] for name, values in given.items()}, table)
+    u, ug = (scores.pool(of[None], 200)[:, inside].ravel() for of in (wind, balanced))
+    residual, correlation, mass = (
+        table[name] for name in ("geostrophic residual", "correlation with the geostrophic wind", "deviation of global mean pressure")
+    )
+    assert residual.value == pytest.approx(np.sqrt(((u - ug) ** 2).mean()) / u.std(), rel=1e-5)  # float32 winds
+    assert correlation.value == pytest.approx(np.corrcoef(u, ug)[0, 1], rel=1e-5)
+    assert all(score.low < score.value < score.high for score in (residual, correlation, mass))
+    assert mass.value == pytest.approx(sigma / 100, rel=0.2)
+    assert mass.high - mass.low == pytest.approx(2 * 1.96 * mass.value / np.sqrt(2 * 200), rel=0.2)  # of a Gaussian's deviation
 
 
 def stacked(day: dict) -> dict:

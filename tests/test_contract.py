@@ -1,5 +1,6 @@
 """Every domain, generator and scenario found under conf/ and scenarios/ keeps the contract of `twinsim.base`."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
+import yaml
 from building import built as made
 from building import rough_jit
 from flax import nnx
 
 from twinsim import cli, run, scenario
 from twinsim.base import Domain, Example, Question, Score, Spec
-from twinsim.build import build, resolve, targets
+from twinsim.build import build, resolve
 
 ROOT = Path(__file__).parents[1]
 DOMAINS = sorted(path.relative_to(ROOT / "conf/domain").with_suffix("").as_posix() for path in (ROOT / "conf/domain").rglob("*.yaml"))
@@ -42,13 +45,16 @@ TRIMMED = {  # what one year or two show of a domain, four years show no better
 NOWHERE = {"archive": f"{ROOT}/nowhere", "robot": f"{ROOT}/nowhere/arm.urdf", "tool": "flange"}  # what a user gives
 
 
+FEW = 6  # samples at a time, everywhere: what works on another number is another program to compile
+
+
 class Built(NamedTuple):
     """A domain with what takes seconds to make: all of it made once, and its functions compiled once."""
 
     domain: Domain
     statistics: Any
-    rows: tuple  # a few training samples and their conditions, `[6, ...]`, from all over the split
-    opening: tuple  # the first four, and their conditions
+    rows: tuple  # a few training samples and their conditions, `[FEW, ...]`, from all over the split
+    opening: tuple  # the first ones, and their conditions
     examples: Example  # the first block of them
     encode: Callable
     decode: Callable
@@ -64,10 +70,14 @@ def composed(name: str, *more: str) -> dict:
 
 
 def ships(name: str) -> bool:
-    """Whether the domain's truth comes with twinsim: nothing to download and nothing to simulate."""
-    domain = composed(name)["domain"]
-    made = any(getattr(resolve(node["_target_"], "domain"), "makes_data", False) for _, node in targets(domain, "domain"))
-    return not made and "nowhere" not in str(domain)
+    """Whether the domain's truth comes with twinsim: nothing to download and nothing to simulate.
+
+    Read from the files, of which it is asked before the first test runs: to compose all of them takes seconds.
+    """
+    text = (ROOT / f"conf/domain/{name}.yaml").read_text()
+    made = any(getattr(resolve(target, "domain"), "makes_data", False) for target in re.findall(r"_target_: ([\w.]+)", text))
+    parents = [each for each in yaml.safe_load(text).get("defaults", []) if isinstance(each, str) and each != "_self_"]
+    return "???" not in text and not made and all(ships(parent) for parent in parents)
 
 
 SHIPPED = [name for name in DOMAINS if ships(name)]
@@ -95,8 +105,8 @@ def built_once(name: str) -> Built:
     if name not in BUILT:
         domain = build(composed(name)["domain"])
         statistics, source = domain.fit(), domain.source("train")
-        rows = source[np.linspace(0, len(source) - 1, 6).round().astype(int)]
-        opening, examples = source[np.arange(4)], next(iter(domain.examples(statistics)))
+        rows = source[np.linspace(0, len(source) - 1, FEW).round().astype(int)]
+        opening, examples = source[np.arange(FEW)], next(iter(domain.examples(statistics)))
         BUILT[name] = Built(domain, statistics, rows, opening, examples, strictly(domain.encode), strictly(domain.decode))
     return BUILT[name]
 
@@ -125,6 +135,7 @@ def test_domain_composes_and_may_be_built(name):
     config = composed(name)
     run.check(config)
     assert run.places(config).model.parent == Path("out/models")
+    assert (name in SHIPPED) <= ("nowhere" not in str(config["domain"]))
 
 
 @pytest.mark.parametrize("name", DOMAINS)
@@ -150,7 +161,7 @@ def test_variables_are_described(built):
     assert set(sample) == set(domain.sample) and set(condition) == set(domain.condition)
     for name, variable in domain.sample.items():
         assert variable.units and variable.long_name and variable.lower < variable.upper
-        assert sample[name].shape == (6, *domain.shape) and sample[name].dtype == np.float32
+        assert sample[name].shape == (FEW, *domain.shape) and sample[name].dtype == np.float32
 
 
 @every_shipped
@@ -179,13 +190,13 @@ def test_decode_gives_back_a_training_sample(built):
     decoded sample has to be closer to its own truth than any other day is.
     """
     domain, (sample, condition) = built.domain, built.opening
-    for index in range(4):
+    for index in range(FEW):
         back = built.decode(built.statistics, jnp.asarray(built.examples.target[index]), one(condition, index))
         for name, truth in sample.items():
             assert back[name].shape == domain.shape
             there = condition.get(f"measured_{name}", np.ones_like(truth))[index] > 0  # where a record has a gap, nothing is known
             own = float(np.sqrt(np.square(back[name] - truth[index])[there].mean()))
-            apart = float(np.sqrt(np.square(truth[(index + 2) % 4] - truth[index])[there].mean()))
+            apart = float(np.sqrt(np.square(truth[(index + 2) % FEW] - truth[index])[there].mean()))
             assert own < 0.75 * apart, name
 
 
@@ -233,10 +244,10 @@ def test_simulate_returns_a_sample(built):
 @every_shipped
 def test_exam_is_not_made_of_what_was_trained_on(built):
     domain = built.domain
-    question, truth = domain.exam(members=3, most=5)
+    question, truth = domain.exam(members=3, most=FEW)
     assert isinstance(question, Question) and question.members == 3
-    assert run.items_of(question) == 5 and all(len(values) == 5 for values in truth.values())
-    assert all(len(values) == 5 for values in question.condition.values())
+    assert run.items_of(question) == FEW and all(len(values) == FEW for values in truth.values())
+    assert all(len(values) == FEW for values in question.condition.values())
     days = getattr(domain, "as_days", lambda samples: samples)  # samples of several days overlap
     train, truth = days(domain.source("train")[slice(None)][0]), days(truth)
     for name, values in truth.items():
@@ -250,7 +261,7 @@ def test_exam_is_not_made_of_what_was_trained_on(built):
 @every_shipped
 def test_baselines_draw_what_the_domain_generates_and_earn_the_same_scores(built):
     domain, statistics = built.domain, built.statistics
-    question, truth = domain.exam(members=2, most=4)
+    question, truth = domain.exam(members=2, most=FEW)
     tables = {}
     for name, baseline in domain.baselines(statistics).items():
         drawn = baseline(question.condition, 2, 0)
@@ -265,9 +276,12 @@ def test_baselines_draw_what_the_domain_generates_and_earn_the_same_scores(built
 @every_shipped
 def test_answer_has_names_units_and_says_that_it_is_synthetic(built):
     domain = built.domain
-    question, truth = domain.exam(members=2, most=3)
+    question, truth = domain.exam(members=2, most=FEW)
     made = domain.dataset_of({name: np.stack([values, values]) for name, values in truth.items()}, question)
     assert made.sizes["member"] == 2
+    alone = domain.dataset_of({name: values[None] for name, values in truth.items()}, question)  # as it is written, some at a time
+    xr.testing.assert_identical(alone.drop_vars("member"), made.isel(member=[1]).drop_vars("member"))
+    assert all("member" not in made[name].dims for name in set(made.coords) - {"member"})
     assert set(truth) <= set(made.data_vars)
     for name, variable in getattr(domain, "outcome", domain.sample).items():
         assert made[name].attrs["units"] == variable.units and "synthetic" in made[name].attrs["long_name"]
@@ -281,9 +295,17 @@ SPECS = {"field": FIELD, "vector": Spec((1,), 12, 0, 3, (False,)), "motion": Spe
 OWN = {"ResidualMLP": "vector", "Ensemble": "motion"}  # networks that read no fields of any grid
 
 
+SMALL = {  # of the same parts, fewer of each: most of this test is compilation
+    "dit": ["generator.net.width=32", "generator.net.depth=1"],
+    "components": ["generator.net.width=32", "generator.net.depth=1"],
+    "world_model": ["generator.net.width=32", "generator.net.depth=1"],
+    **{name: ["generator.net.widths=[8,12]", "generator.net.embedding=32"] for name in ("unet", "flow")},
+}
+
+
 @pytest.mark.parametrize("name", GENERATORS)
 def test_generator_learns_and_draws_on_a_tiny_spec(name):
-    node = run.resolve(cli._compose([f"generator={name}"]))["generator"]
+    node = run.resolve(cli._compose([f"generator={name}", *SMALL.get(name, [])]))["generator"]
     spec = SPECS[OWN.get(node["net"]["_target_"].rpartition(".")[2], "field")]
     module = made(lambda: build(node, spec=spec, rngs=nnx.Rngs(0)))
     draw = np.random.default_rng(0)

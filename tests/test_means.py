@@ -1,4 +1,4 @@
-"""Climatology, regression and patterns recover what made the data; predictions of unseen days do not see them."""
+"""Climatology and regression recover what made the data; predictions of unseen days do not see them."""
 
 import jax
 import jax.numpy as jnp
@@ -105,37 +105,6 @@ def test_local_ridge_of_one_cell_is_the_ridge():
     # the same predictor nine times: the penalty, relative to the mean diagonal, counts a ninth
     _, plain = means.fit_ridge(coarse.reshape(80, 1), fine, 0.1 / 9)
     np.testing.assert_allclose(local, plain, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(30, 2, 4, 5), (90, 3, 4)])
-def test_eof_expands_what_it_projects_and_has_unit_weighted_patterns(shape):
-    x = RANDOM.normal(size=shape).astype(np.float32) + 280
-    weights = RANDOM.uniform(0.2, 1.0, size=shape[-2:]).astype(np.float32)
-    stat = means.fit_eof(x, weights)
-    coefficients = means.project(stat, x)
-    np.testing.assert_allclose(means.expand(stat, coefficients), x, atol=2e-3)
-    np.testing.assert_allclose(coefficients.std(0, ddof=1), stat["scale"], rtol=1e-3)
-    flat = (stat["basis"] * np.sqrt(weights)).reshape(len(stat["scale"]), -1)
-    np.testing.assert_allclose(flat @ flat.T, np.eye(len(flat)), atol=2e-3)
-    assert stat["share"].sum() == pytest.approx(1.0, abs=1e-4)
-    traced = jax.jit(lambda v: means.expand(stat, means.project(stat, v)))(jnp.asarray(x[1]))
-    np.testing.assert_allclose(traced, x[1], atol=2e-3)
-
-
-def test_few_eofs_are_those_of_the_singular_value_decomposition():
-    x = RANDOM.normal(size=(40, 6)) * [5, 3, 1, 1, 1, 1]
-    stat = means.fit_eof(x.astype(np.float32), 1.0, count=2)
-    _, s, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    np.testing.assert_allclose(stat["scale"], s[:2] / np.sqrt(39), rtol=1e-5)
-    np.testing.assert_allclose(np.abs((stat["basis"] * v[:2]).sum(1)), 1.0, atol=1e-5)
-
-
-def test_randomised_patterns_are_the_exact_ones_where_the_spectrum_falls():
-    y = (RANDOM.normal(size=(200, 40)) * 0.7 ** np.arange(40)).astype(np.float32)
-    right, singular = means._randomised_right(y, 5, seed=0)
-    exact, values = means._right(y, 5)
-    np.testing.assert_allclose(singular, values, rtol=1e-3)
-    np.testing.assert_allclose(np.abs((right * exact).sum(1)), 1.0, atol=1e-3)
 
 
 # ---------------------------------------------------------------- normal scores, spread and response

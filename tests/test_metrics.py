@@ -182,7 +182,19 @@ def test_lagged_correlation_of_a_markov_row_is_a_power():
         x[..., j] = 0.7 * x[..., j - 1] + np.sqrt(1 - 0.49) * x[..., j]
     for lag in (1, 3):
         np.testing.assert_allclose(metrics.lagged_correlation(x, lag), 0.7**lag, atol=0.03)  # 20000 samples: 0.007
-    assert metrics.spatial_correlation_error(normal(20000, 1, 12), x, lags=(3,)) == pytest.approx(0.343, abs=0.02)
+    assert metrics.spatial_correlation_error(normal(20000, 1, 12), x, lags=(3,)).value == pytest.approx(0.343, abs=0.02)
+
+
+def test_spatial_correlation_error_knows_how_well_it_is_known():
+    grid, days = (4, 8), 400
+    x, truth = normal(days, *grid), np.cumsum(normal(days, *grid, seed=1), axis=2)
+    score = metrics.spatial_correlation_error(x, truth, lags=(3,))
+    of = [[np.nanmean(metrics.lagged_correlation(v, 3, axis)) for axis in (-2, -1)] for v in (x, truth)]
+    assert score.value == pytest.approx(np.abs(np.subtract(*of)).mean(), rel=1e-9)
+    # products of two independent cells have variance 1; 8 pairs one way, 20 the other, and the mean of both
+    error = np.sqrt((1 / 8 + 1 / 20) / days) / 2
+    assert score.low < score.value < score.high
+    assert score.high - score.low == pytest.approx(2 * 1.96 * error, rel=0.2)  # 1000 resamples know an end within 5 %
 
 
 def test_correlation_between_variables_is_compared_cell_by_cell():

@@ -173,6 +173,41 @@ def test_precision_and_remat_of_the_scale_are_those_of_training(made, begun):
     assert 1e-6 < max(gap) < 1e-2  # four steps of Adam, each at most its rate
 
 
+def test_a_finished_run_says_what_has_changed_since(made, capsys, monkeypatch):
+    again = lambda: run.deliver(toy.config(made), telling)  # noqa: E731
+    truth, folder = made / "toy.nc", folder_of(made)
+    whole = truth.read_bytes()
+    assert again() == folder and not capsys.readouterr().err
+    try:
+        truth.write_bytes(whole + b"\0")
+        with pytest.raises(BadInput, match="toy.nc: its content has changed since"):
+            again()
+        truth.unlink()
+        assert again() == folder and "is not known" in capsys.readouterr().err
+    finally:
+        truth.write_bytes(whole)
+    monkeypatch.setattr(record, "git_state", lambda: {"commit": "0123456789abcdef", "dirty": False})
+    assert again() == folder
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"was made by twinsim {record.read(folder).code}, this is 0.1.0+0123456789ab" in said
+
+
+def test_answer_is_written_member_by_member_with_the_same_bytes(made, begun, monkeypatch):
+    monkeypatch.setattr(run, "PART_BYTES", 1)
+    asked, opened = [], Climate.dataset_of
+
+    def counted(domain, samples, question):
+        asked.append({len(values) for values in samples.values()})
+        return opened(domain, samples, question)
+
+    monkeypatch.setattr(Climate, "dataset_of", counted)
+    monkeypatch.setattr(report, "write", lambda path, *_, **__: path.write_text(""))
+    folder, whole = run.deliver(config(made, begun, "generate.batch=10"), toy.quiet) / "samples.zarr", folder_of(made) / "samples.zarr"
+    assert asked == [{1}] * 3
+    files_of = [{path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()} for store in (folder, whole)]
+    assert files_of[0] and files_of[0] == files_of[1]
+
+
 def test_netcdf_on_request_and_overrides_of_the_scenario(made, begun):
     folder = run.deliver(config(made, begun, "+set.formats=[netcdf]", "+set.members=2", "+set.period.every=5"), toy.quiet)
     with xr.open_dataset(folder / "samples.nc") as written, xr.open_zarr(folder / "samples.zarr", consolidated=False) as data:
@@ -190,7 +225,8 @@ def test_reproduce_finds_every_value_the_same_and_a_changed_one(made, tmp_path, 
     assert run.reproduce(folder, toy.quiet, 0.0) == []
     changed = shutil.copytree(folder, tmp_path / "changed")
     with xr.open_zarr(folder / "samples.zarr", consolidated=False) as data:
-        files.write_zarr(data.load().assign(tas=data["tas"] + 0.5).drop_encoding(), changed / "samples.zarr")
+        other = data.load().assign(tas=data["tas"] + 0.5).drop_encoding()
+    files.write_zarr(lambda some: other.isel(member=slice(some.start, some.stop)), 3, 3, changed / "samples.zarr")
     (difference,) = run._differing_values(changed / "samples.zarr", folder / "samples.zarr", 0.1)
     assert "tas: differs by up to 0.5" in difference and "tolerance 0.1" in difference
     assert list(run._differing_values(changed / "samples.zarr", folder / "samples.zarr", 0.6)) == []

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import xarray as xr
+import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from twinsim import mesh
@@ -67,22 +69,48 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def write_zarr(dataset: xr.Dataset, path: Path) -> None:
-    """A Zarr v3 store whose chunks carry a CRC32C, so that a flipped bit is an error and not a value."""
-    texts = [name for name, values in dataset.variables.items() if values.dtype.kind == "U"]  # Zarr v3 has no type for a fixed length
-    dataset = dataset.assign_coords({name: dataset[name].astype(object) for name in texts})
+def write_zarr(part: Callable[[range], xr.Dataset], members: int, at_once: int, path: Path) -> xr.Dataset:
+    """A Zarr v3 store whose chunks carry a CRC32C, so that a flipped bit is an error and not a value; `at_once` members at a time.
+
+    The files are the same for every `at_once`, which is as much as is held in memory.
+
+    Args:
+      part: the answer of some members; what depends on the member, beside its number, is a variable and no coordinate.
+
+    Returns:
+      The whole answer, coordinates in memory, the variables read where they are looked at.
+    """
+    some = [range(first, min(first + at_once, members)) for first in range(0, members, at_once)]
+    first = part(some[0])
+    texts = [name for name, values in first.variables.items() if values.dtype.kind == "U"]  # Zarr v3 has no type for a fixed length
     encoding = {
         name: {
             "chunks": tuple(
-                1 if dim == "member" else min(size, CHUNK_ITEMS) if dim == dataset[name].dims[1] else size
-                for dim, size in dataset[name].sizes.items()
+                1 if dim == "member" else min(size, CHUNK_ITEMS) if dim == first[name].dims[1] else size
+                for dim, size in first[name].sizes.items()
             ),
             "serializer": BytesCodec(),
             "compressors": [ZstdCodec(level=3), Crc32cCodec()],
         }
-        for name in dataset.data_vars
+        for name in first.data_vars
     }
-    dataset.to_zarr(path, mode="w", zarr_format=3, encoding=encoding, consolidated=False)
+    stored = first.assign_coords({name: first[name].astype(object) for name in texts})
+    stored.to_zarr(path, mode="w", zarr_format=3, encoding=encoding, consolidated=False)
+    whole = first.drop_vars(["member", *first.data_vars])
+    whole = whole.assign_coords(member=("member", np.arange(members), first["member"].attrs))
+    attrs = {name: values.attrs for name, values in first.data_vars.items()}
+    del first, stored
+    if len(some) > 1:
+        shutil.rmtree(path / "member")
+        whole[["member"]].reset_coords(drop=True).to_zarr(path, mode="a", zarr_format=3, consolidated=False)
+    for name in attrs if len(some) > 1 else ():
+        array = zarr.open_array(path / str(name), mode="r+")
+        array.resize((members, *array.shape[1:]))
+    for these in some[1:]:
+        region = {"member": slice(these.start, these.stop)}
+        part(these).drop_vars(whole.coords).to_zarr(path, region=region, zarr_format=3, consolidated=False)  # kept by nobody
+    lazy = xr.open_dataset(path, engine="zarr", consolidated=False, chunks=None, cache=False, decode_timedelta=False)
+    return whole.assign({name: lazy[name].assign_attrs(attrs[name]).variable for name in attrs}).drop_encoding()
 
 
 def check_room(place: Path, disk: int, memory: int, what: str) -> None:

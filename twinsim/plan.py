@@ -25,7 +25,7 @@ from twinsim import mesh as meshes
 from twinsim import run, scenario, train
 from twinsim import scale as scales
 from twinsim.base import BadInput, Domain, Example, Spec
-from twinsim.build import build, resolve, targets
+from twinsim.build import build
 from twinsim.data import ExampleStore
 from twinsim.log import LINES
 
@@ -195,8 +195,7 @@ def _shapes(config: Mapping[str, Any], progress: run.Progress) -> tuple[Spec, in
     """The shape of an example, how many there are, and the bytes of the scenario's answer; None where it is not known."""
     where = run.places(config)
     store = ExampleStore(where.examples) if (where.examples / "manifest.json").exists() else None
-    named = (node["_target_"] for _, node in targets(config["domain"], "domain"))
-    made = [name for name in named if getattr(resolve(name, "domain"), "makes_data", False)]
+    made = run.makes_data(config)
     if store is not None and made:
         return store.spec, len(store), None
     if made:

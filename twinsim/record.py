@@ -122,6 +122,12 @@ def git_state(root: Path | None = None) -> dict[str, Any]:
         return {}
 
 
+def code_version(code: Mapping[str, Any]) -> str:
+    """The version of twinsim, with what `git_state` tells of it."""
+    commit = code.get("commit")
+    return __version__ + (f"+{commit[:12]}{'.dirty' if code.get('dirty') else ''}" if commit else "")
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a run says about itself, in its record and in its report.
@@ -364,7 +370,7 @@ def _software(facts: Facts) -> tuple[Entity, list[Entity]]:
         "@type": "SoftwareApplication",
         "name": "twinsim",
         "description": f"twinsim {__version__}{state}.",
-        "softwareVersion": __version__ + (f"+{commit[:12]}{'.dirty' if dirty else ''}" if commit else ""),
+        "softwareVersion": code_version(facts.code),
         "softwareRequirements": _many([_ref(one) for one in requirements]),
     }
     return software, requirements
@@ -405,6 +411,7 @@ class Recorded:
     Attributes:
       files: path -> its entry, every file of the folder but the record itself.
       config: path of the resolved config; inputs: name -> sha256; packages: name -> version.
+      code: of `code_version`.
     """
 
     files: Mapping[str, Entry]
@@ -414,6 +421,7 @@ class Recorded:
     checkpoint: str
     inputs: Mapping[str, str]
     packages: Mapping[str, str]
+    code: str
 
 
 def read(folder: Path) -> Recorded:
@@ -435,6 +443,7 @@ def read(folder: Path) -> Recorded:
             checkpoint=entities.get("#checkpoint", {}).get("value", ""),
             inputs={one["name"]: one["sha256"] for name, one in entities.items() if name.startswith("#input/")},
             packages={one["name"]: one["softwareVersion"] for name, one in entities.items() if name.startswith(_PACKAGE)},
+            code=entities["#twinsim"]["softwareVersion"],
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, OSError) as error:
         raise BadInput(f"{folder / RECORD}: expected the record of a twinsim run, {_reason(error)}") from None

@@ -9,10 +9,12 @@ ones repeat their one answer. What is drawn for one item is drawn for all its va
 from collections.abc import Callable, Collection
 from typing import Literal
 
+import jax
 import numpy as np
 
 from domains.climate import means
 from domains.climate.grid import coarsen, conserve_block_mean, refine
+from twinsim import codec
 from twinsim.base import BadInput, Baseline, Condition, Sample
 from twinsim.metrics import radial_spectrum
 
@@ -129,13 +131,13 @@ class InARow:
 
 
 class PCAGaussian:
-    """Gaussian draws along the joint empirical orthogonal functions of all variables, around a seasonal climatology.
+    """Gaussian draws along the joint components of all variables (`codec.fit_components`), around a seasonal climatology.
 
-    Anomalies are divided by one standard deviation a variable. What is linear between variables comes out right; bounds
+    What is linear between variables comes out right; bounds
     and tails do not.
 
     Args:
-      count: leading functions to use; None uses all.
+      count: leading components to use; None uses all.
     """
 
     def __init__(
@@ -151,29 +153,32 @@ class PCAGaussian:
     ) -> None:
         self.warming = Warming(sample, condition, weights, forcing, response)
         days = _days(condition, _count(sample))
-        self.climatology, self.spread, anomalies = {}, {}, []
+        self.climatology, anomalies = {}, {}
         for name, values in sample.items():
             rest = _float32(values) - self.warming(name, condition)
             self.climatology[name] = means.fit_harmonics(rest, days)
-            rest = rest - np.asarray(means.harmonics(self.climatology[name], days))
-            self.spread[name] = np.float32(np.sqrt(np.mean(rest**2, dtype=np.float64)) + 1e-12)
-            anomalies.append(rest / self.spread[name])
-        self.eof = means.fit_eof(np.stack(anomalies, axis=1), weights, count)
+            anomalies[name] = rest - np.asarray(means.harmonics(self.climatology[name], days))
+        stacked = np.stack(list(anomalies.values()), axis=-1)
+        area = np.broadcast_to(np.asarray(weights, np.float32), stacked.shape[1:-1])
+        self.components = codec.fit_components(stacked, area / area.mean(), len(stacked) if count is None else count)
         self.non_negative = frozenset(non_negative)
 
     def __call__(self, condition: Condition, members: int, seed: int) -> Sample:
         random = np.random.default_rng(seed)
-        n, scale = _items(condition), self.eof["scale"]
+        n, count = _items(condition), len(self.components["scale"])
         days = _days(condition, n)
         mean = {name: np.asarray(means.harmonics(stat, days)) + self.warming(name, condition) for name, stat in self.climatology.items()}
         drawn = {name: np.empty((members,) + values.shape, np.float32) for name, values in mean.items()}
         for member in range(members):
-            anomaly = means.expand(self.eof, random.standard_normal((n, len(scale)), np.float32) * scale)
+            anomaly = np.asarray(_expand(self.components, random.standard_normal((n, count, 1), np.float32)))
             for i, name in enumerate(mean):
-                drawn[name][member] = mean[name] + anomaly[:, i] * self.spread[name]
+                drawn[name][member] = mean[name] + anomaly[..., i]
         for name in drawn:
             _clip(drawn, name, self.non_negative)
         return drawn
+
+
+_expand = jax.jit(jax.vmap(codec.expand, in_axes=(None, 0)))
 
 
 # ---------------------------------------------------------------- fine states from a coarse background

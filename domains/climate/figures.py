@@ -29,15 +29,16 @@ def summary(domain: "Climate", question: Question, dataset: xr.Dataset) -> str:
     """The answer in a sentence: what is imposed and the leading variables, against the training climatology."""
     climatology = _climatology(domain, question)
     parts = []
+    names = dict.fromkeys([*(impose.variable for impose in _imposed(question)), *_shown(domain, question)])
+    means = {name: _member_means(domain, dataset[name]) for name in names}
     for impose in _imposed(question):
-        change, low, high = _change(
-            domain, impose.variable, climatology[impose.variable], dataset, questions.box_weights(domain, impose.box)
-        )
+        weights = questions.box_weights(domain, impose.box)
+        change, low, high = _change(means[impose.variable], climatology[impose.variable], weights)
         quantity = domain.quantities[impose.variable]
         parts.append(f"in the box {quantity.long_name} {change:+.3g} {_units(quantity.units)} ({low:+.3g} to {high:+.3g} among members)")
     for name in _shown(domain, question):
         quantity = domain.quantities[name]
-        change, low, high = _change(domain, name, climatology[name], dataset, domain.weights)
+        change, low, high = _change(means[name], climatology[name], domain.weights)
         parts.append(f"area mean of {quantity.long_name} {change:+.3g} {_units(quantity.units)} ({low:+.3g} to {high:+.3g})")
     return f"Against the training climate{'' if domain.background else ' of the same days'}: {'; '.join(parts)}."
 
@@ -95,8 +96,10 @@ def _answer(domain: "Climate", asked: Any, question: Question, dataset: xr.Datas
     shown = _shown(domain, question)
     for name in [*shown, *(name for name in domain.quantities if name not in shown)]:
         quantity = domain.quantities[name]
-        change, low, high = _change(domain, name, climatology[name], dataset, domain.weights)
-        mean = float((dataset[name].mean(["member", domain.item]).values * domain.weights).mean())
+        means = _member_means(domain, dataset[name])
+        change, low, high = _change(means, climatology[name], domain.weights)
+        state = means.mean(0)
+        mean = float((state * domain.weights).mean())
         table.append(
             [
                 f"{quantity.long_name}, {quantity.units}",
@@ -108,12 +111,11 @@ def _answer(domain: "Climate", asked: Any, question: Question, dataset: xr.Datas
         )
         if name in shown:
             base = climatology[name]
-            state = dataset[name].mean(["member", domain.item]).values
-            spread = dataset[name].std(["member", domain.item]).values
+            spread = np.sqrt(np.mean([np.square(member.values - state).mean(0) for member in dataset[name]], axis=0))
             fields = {
                 "answer, mean": (state, ""),
                 "change": (state - base, "difference"),
-                "one member, first day": (dataset[name].values[0, 0], ""),
+                "one member, first day": (dataset[name][0, 0].values, ""),
             }
             fields["spread of days and members"] = (spread, "spread")
             caption = (
@@ -162,7 +164,7 @@ def _film(domain: "Climate", name: str, usual: np.ndarray, question: Question, d
     """The first days in a row of one member less the usual ones `[day, y, x]`, around what is imposed: caption -> picture."""
     boxes = [impose.box for impose in _imposed(question)]
     around = _around(domain, boxes[0]) if boxes else None
-    days = list(zip(domain.dates(question), dataset[name].values[0], usual, strict=True))[: domain.window]
+    days = list(zip(domain.dates(question), dataset[name][0].values, usual, strict=True))[: domain.window]
     fields = {str(day)[:10]: (field - mean, "difference") for day, field, mean in days}
     quantity = domain.quantities[name]
     where = ", around the box that is imposed on" if boxes else ""
@@ -184,10 +186,14 @@ def _around(domain: "Climate", box: questions.Box) -> tuple[np.ndarray, np.ndarr
     return rows, columns
 
 
-def _change(domain: "Climate", name: str, base: np.ndarray, dataset: xr.Dataset, weights: np.ndarray) -> tuple[float, float, float]:
-    """Change of the weighted area mean, and the lowest and highest among members' means."""
-    area = weights / weights.sum()
-    of_members = ((dataset[name].mean(domain.item).values - base) * area).sum((1, 2))
+def _member_means(domain: "Climate", values: xr.DataArray) -> np.ndarray:
+    """Mean over the items of each member, `[member, y, x]`; one member is in memory at a time."""
+    return np.stack([member.mean(domain.item).values for member in values])
+
+
+def _change(means: np.ndarray, base: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
+    """Change of the weighted area mean, and the lowest and highest among members' means `[member, y, x]`."""
+    of_members = ((means - base) * (weights / weights.sum())).sum((1, 2))
     return float(of_members.mean()), float(of_members.min()), float(of_members.max())
 
 

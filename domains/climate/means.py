@@ -1,4 +1,4 @@
-"""What can be known without a generator: seasonal climatology, regression on the coarse field, leading patterns.
+"""What can be known without a generator: seasonal climatology and regression on the coarse field.
 
 Every `fit_*` takes training arrays with a leading day axis and returns statistics, a dict of float32 arrays; the function
 that applies them takes any leading axes, numpy or jax, and can be traced. Fits run in float64 on the host.
@@ -349,85 +349,6 @@ def _check_folds(n: int, targets: int, folds: int) -> None:
         raise BadInput(f"ridge: expected as many targets as predictors, got {targets} and {n}")
     if not 2 <= folds <= n:
         raise BadInput(f"ridge: expected between 2 and {n} folds for {n} samples, got {folds}")
-
-
-# ---------------------------------------------------------------- leading patterns
-
-
-def fit_eof(fields: np.ndarray, weights: np.ndarray | float = 1.0, count: int | None = None, seed: int = 0) -> Statistics:
-    """Empirical orthogonal functions of `fields` `[n, *grid]` under `weights` (broadcastable to `grid`).
-
-    Args:
-      count: how many to keep; None keeps all that differ from zero.
-      seed: of the random start that is used for few patterns of a large record (Halko, Martinsson & Tropp 2011, alg. 4.4).
-
-    Returns:
-      `mean` and `weights` `[*grid]`, `basis` `[count, *grid]` in the units of the fields, `scale` `[count]`, the standard
-      deviation of each coefficient, and `share` `[count]` of the weighted variance.
-    """
-    n, grid = len(fields), fields.shape[1:]
-    if n < 2:
-        raise BadInput(f"fit_eof: expected at least 2 samples, got {n}")
-    weight = np.broadcast_to(np.asarray(weights, np.float32), grid).reshape(-1)
-    if not (weight > 0).all():
-        raise BadInput("fit_eof: expected weights above zero in every cell")
-    root = np.sqrt(weight)
-    mean = fields.mean(0, dtype=np.float64).astype(np.float32).reshape(-1)
-    y = fields.reshape(n, -1).astype(np.float32) - mean
-    y -= y.mean(0, dtype=np.float64).astype(np.float32)  # what the rounded mean left over would pass for a pattern of its own
-    y *= root
-    total = float(np.sum(y * y, dtype=np.float64))
-    size = min(n - 1, y.shape[1])
-    few = count is not None and size > 2000 and count < size // 10
-    right, singular = _randomised_right(y, count, seed) if few and count is not None else _right(y, count)
-    return {
-        "mean": mean.reshape(grid),
-        "weights": weight.reshape(grid).copy(),
-        "basis": (right / root).reshape((-1,) + grid),
-        "scale": (singular / np.sqrt(n - 1)).astype(np.float32),
-        "share": (singular**2 / max(total, np.finfo(np.float64).tiny)).astype(np.float32),
-    }
-
-
-def project(stat: Statistics, x: Array) -> Array:
-    """Coefficients `[..., count]` of fields `[..., *grid]`."""
-    ndim = stat["mean"].ndim
-    anomaly = (x - _lift(stat["mean"], x.ndim)) * _lift(stat["weights"], x.ndim)
-    count = stat["scale"].shape[0]
-    return matmul(anomaly.reshape(anomaly.shape[: anomaly.ndim - ndim] + (-1,)), stat["basis"].reshape(count, -1).T)
-
-
-def expand(stat: Statistics, coefficients: Array) -> Array:
-    """Fields `[..., *grid]` of coefficients `[..., count]`."""
-    x = _tensordot(coefficients, stat["basis"])
-    return x + _lift(stat["mean"], x.ndim)
-
-
-def _right(y: np.ndarray, count: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Right singular vectors `[count, features]` and singular values, by the smaller of the two Gram matrices."""
-    n, features = y.shape
-    wide = features > n
-    gram = np.zeros((min(n, features),) * 2)
-    for _, chunk in _chunks(y if wide else y.T):
-        gram += chunk @ chunk.T
-    value, vector = np.linalg.eigh(gram)
-    singular = np.sqrt(np.maximum(value[::-1], 0))
-    rank = int((singular[: n - 1] > 1e-6 * singular[0]).sum())
-    keep = rank if count is None else min(count, rank)
-    singular, vector = singular[:keep], vector[:, ::-1][:, :keep]
-    if not wide:
-        return vector.T.astype(np.float32), singular
-    left = (vector / np.maximum(singular, np.finfo(np.float64).tiny)).astype(np.float32)
-    return left.T @ y, singular
-
-
-def _randomised_right(y: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    start = np.random.default_rng(seed).normal(size=(y.shape[1], count + 10)).astype(np.float32)
-    q = np.linalg.qr(y @ start)[0]
-    for _ in range(4):
-        q = np.linalg.qr(y @ np.linalg.qr(y.T @ q)[0])[0]
-    _, singular, right = np.linalg.svd(q.T @ y, full_matrices=False)
-    return right[:count], singular[:count].astype(np.float64)
 
 
 # ---------------------------------------------------------------- products

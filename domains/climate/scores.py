@@ -76,10 +76,16 @@ def score(domain: "Climate", generated: Sample, truth: Sample, condition: Condit
         _score_balance(domain, generated, table)
     names = list(domain.quantities)
     for first, second in zip(names, names[1:], strict=False):
-        a, b = (pool(np.asarray(generated[v]), domain.judge.pooled) for v in (first, second))
-        error = metrics.correlation_error((a, b), (np.asarray(truth[first]), np.asarray(truth[second])))
-        table[f"{first}, {second}: correlation error"] = Score(error, 0.0)
+        both = np.stack([pool(np.asarray(generated[name]), domain.judge.pooled) for name in (first, second)], -1)
+        of_truth = np.stack([np.asarray(truth[name]) for name in (first, second)], -1)
+        block = domain.judge.block if domain.background else domain.window
+        table[f"{first}, {second}: correlation error"] = _around(_correlation_error, both, of_truth, _thin(domain), block=block)
     return Scores(table, curves)
+
+
+def _correlation_error(generated: np.ndarray, truth: np.ndarray) -> float:
+    """Of two variables that stand along the last axis."""
+    return metrics.correlation_error((generated[..., 0], generated[..., 1]), (truth[..., 0], truth[..., 1]))
 
 
 def _score_succession(domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, climatology: np.ndarray, table: dict) -> None:
@@ -196,8 +202,14 @@ def _score_downscaling(domain: "Climate", name: str, ensemble: np.ndarray, truth
             table[f"{name}: {label}"] = _bootstrap_ratio(ensemble, truth, level, block)
     else:
         flat = ensemble.reshape(-1, *truth.shape[1:])
+        thin = _thin(domain)
         for level, label in ((0.01, "1 % quantile error"), (0.99, "99 % quantile error")):
-            table[f"{name}: {label}"] = Score(metrics.quantile_error(flat, truth, level, domain.weights), 0.0, quantity.units)
+
+            def error(g: np.ndarray, r: np.ndarray, level: float = level) -> float:
+                weights = domain.weights if g.shape[1:] == domain.weights.shape else domain.weights[thin]
+                return metrics.quantile_error(g, r, level, weights)
+
+            table[f"{name}: {label}"] = _around(error, flat, truth, thin, block=block, units=quantity.units)
     _score_return_level(domain, name, ensemble, truth, table)
 
 
@@ -230,24 +242,38 @@ def _score_distribution(
             return metrics.quantile_error(g, r, level, relative=True)
 
         table[f"{name}: {label}"] = _around(error, generated, reference, thin)
-    deviation = float((generated.std(0) / (reference.std(0) + 1e-9)).mean())
-    table[f"{name}: deviation ratio"] = Score(deviation, 1.0)
-    table[f"{name}: spatial correlation error"] = Score(metrics.spatial_correlation_error(generated, reference), 0.0)
+
+    def deviation(g: np.ndarray, r: np.ndarray) -> float:
+        return float((g.std(0) / (r.std(0) + 1e-9)).mean())
+
+    table[f"{name}: deviation ratio"] = _around(deviation, generated, reference, thin, ideal=1.0)
+    table[f"{name}: spatial correlation error"] = metrics.spatial_correlation_error(generated, reference)
     _score_return_level(domain, name, ensemble, truth, table)
 
 
 def _around(
-    statistic: Callable[..., float], generated: np.ndarray, reference: np.ndarray, thin: tuple[slice, ...], draws: int = 20
+    statistic: Callable[..., float],
+    generated: np.ndarray,
+    reference: np.ndarray,
+    thin: tuple[slice, ...],
+    *,
+    block: int = 1,
+    ideal: float = 0.0,
+    units: str = "",
+    draws: int = 20,
 ) -> Score:
-    """A statistic of two sets `[n, y, x]`, with an interval from resampling the generated set on a thinned grid.
+    """A statistic of two sets `[n, y, x, ...]`, with an interval from resampling the generated set on a thinned grid.
 
     The truth is one record; its own sampling error is the same for all competitors and shows in the bootstrap baseline.
+    The interval is NaN where fewer than three blocks fit into the set.
     """
     value = statistic(generated, reference)
     few, of_truth = generated[:, *thin], reference[:, *thin]
-    drawn = np.array([statistic(few[rows], of_truth) for rows in metrics.block_rows(len(few), 1, draws, 0)])
+    if len(few) < 3 * block:
+        return Score(value, ideal, units)
+    drawn = np.array([statistic(few[rows], of_truth) for rows in metrics.block_rows(len(few), block, draws, 0)])
     low, high = np.percentile(drawn, (2.5, 97.5)) - drawn.mean()  # a resample repeats samples, which adds a distance of its own
-    return Score(value, 0.0, "", value + float(low), value + float(high))
+    return Score(value, ideal, units, value + float(low), value + float(high))
 
 
 def _score_return_level(domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, table: dict) -> None:
@@ -301,10 +327,28 @@ def _score_balance(domain: "Climate", generated: Sample, table: dict) -> None:
     wind = np.stack([physics.geostrophic_wind(*each, latitude) for each in zip(zg, ta, ps, strict=True)])
     inside = physics.mid_latitudes(latitude)
     u, balanced = ua[:, inside], wind[:, inside]
-    table["geostrophic residual"] = Score(float(np.sqrt(((u - balanced) ** 2).mean()) / u.std()), 0.0)
-    table["correlation with the geostrophic wind"] = Score(float(np.corrcoef(u.ravel(), balanced.ravel())[0, 1]), 1.0)
-    mass = (ps.astype(np.float64) * domain.weights).mean((1, 2))
-    table["deviation of global mean pressure"] = Score(float(mass.std() / HECTOPASCAL), 0.0, "hPa")
+    rows = lambda values: values.reshape(len(values), -1).astype(np.float64)  # noqa: E731
+    u, balanced = rows(u), rows(balanced)
+    series = [part.mean(1) for part in (u, balanced, u**2, balanced**2, u * balanced)]
+    one = domain.window  # of the days that belong together
+    table["geostrophic residual"] = metrics.interval(series, _residual, block=one)
+    table["correlation with the geostrophic wind"] = metrics.interval(series, _correlation, block=one, ideal=1.0)
+    mass = (ps.astype(np.float64) * domain.weights).mean((1, 2)) / HECTOPASCAL
+    about = [mass - mass.mean(), (mass - mass.mean()) ** 2]
+    table["deviation of global mean pressure"] = metrics.interval(about, _deviation, block=one, units="hPa")
+
+
+def _deviation(mean: float, square: float) -> float:
+    return float(np.sqrt(max(square - mean**2, 0.0)))
+
+
+def _residual(u: float, balanced: float, u2: float, balanced2: float, both: float) -> float:
+    """Rms of u - balanced over the deviation of u, from means of u, of balanced, of their squares and of their product."""
+    return metrics.ratio(float(np.sqrt(max(u2 - 2 * both + balanced2, 0.0))), _deviation(u, u2))
+
+
+def _correlation(u: float, balanced: float, u2: float, balanced2: float, both: float) -> float:
+    return metrics.ratio(both - u * balanced, _deviation(u, u2) * _deviation(balanced, balanced2))
 
 
 def membership(domain: "Climate", drawn: Mapping[str, tuple[Sample, Sample]]) -> Score:
