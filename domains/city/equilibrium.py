@@ -31,7 +31,8 @@ _EVERY = 4  # of many scenarios each fourth is searched first: what it finds ser
 _OFFERS = 2  # times that scenarios are offered each other's paths between two searches
 _MARGIN = 0.1  # times the gap asked for: a path joins that is cheaper by more than this; all that do not add up to less of a gap
 _STEPS, _WELL = 6, 0.02  # Newton steps between two searches, at most; times the gap over the known paths, at which they end
-_ROUNDS, _CONJUGATE = 3, 4  # in a step: times that paths which empty are held at zero, and CG iterations each time
+_ROUNDS = 3  # in a step: times that paths which empty are held at zero
+_CONJUGATE = 4, 4, 4, 8, 20  # CG iterations of each round, by step: rough ones far from the solution, exact ones near it
 _CG_TOLERANCE = 0.1
 _TRIES, _FLAT = 8, 0.1  # of a line search; how flat the objective has to become, times its slope at the start
 _SHIFT = 1e-6, 1e4  # times the Hessian's diagonal, added to it: least (paths that are sums of others make it singular) and most
@@ -645,14 +646,14 @@ def _equilibrate(case: _Case, pool: _Pool, total: np.ndarray, enough: np.ndarray
     roads, first, scenario = choices.roads, choices.first, choices.scenario
     h = start = pool.flow[where]
     v = at_start = pool.link_flow()[links]
-    for _ in range(_STEPS):
+    for done in range(_STEPS):
         cost = choices.forth @ roads.time(v) + choices.toll
         excess = cost - np.minimum.reduceat(cost, first)[choices.pair]
         inner = choices.sum(h * excess) / np.maximum(total, 1e-300)
         moving = (inner > enough)[scenario]
         if not moving.any():
             break
-        wish = _newton(choices, h, v, cost, moving, caution)
+        wish = _newton(choices, h, v, cost, moving, caution, _CONJUGATE[min(done, len(_CONJUGATE) - 1)])
         share, downhill = _line_search(choices, v, h, wish)
         caution[:] = np.clip(np.where(share > 0.5, caution / 10, np.where(share < 0.1, caution * 10, caution)), *_SHIFT)
         stuck = moving & ~downhill[scenario]
@@ -667,7 +668,9 @@ def _equilibrate(case: _Case, pool: _Pool, total: np.ndarray, enough: np.ndarray
     return replace(pool, flow=flow)
 
 
-def _newton(choices: _Choices, h: np.ndarray, v: np.ndarray, cost: np.ndarray, moving: np.ndarray, caution: np.ndarray) -> np.ndarray:
+def _newton(
+    choices: _Choices, h: np.ndarray, v: np.ndarray, cost: np.ndarray, moving: np.ndarray, caution: np.ndarray, most: int
+) -> np.ndarray:
     """Path flows where the objective's quadratic model is least, nearly, among those that are not negative, `[path]`.
 
     The path with most flow of each pair takes what the others leave, so that one variable less a pair and only bounds at 0 remain
@@ -704,7 +707,7 @@ def _newton(choices: _Choices, h: np.ndarray, v: np.ndarray, cost: np.ndarray, m
         square = total(residual * scaled)
         start = square if start is None else start
         direction = scaled
-        for _ in range(_CONJUGATE):  # conjugate gradients, each scenario with numbers of its own
+        for _ in range(most):  # conjugate gradients, each scenario with numbers of its own
             going = square > _CG_TOLERANCE**2 * start
             if not going.any():
                 break
