@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from roads import linear, pair
+from scipy import sparse
+from scipy.sparse.csgraph import dijkstra
 
 from domains.city import tntp
 from domains.city.equilibrium import equilibria, equilibrium, logit_flow, logit_parameters, stochastic
@@ -93,19 +95,19 @@ def test_trips_keep_out_of_other_centroids_and_banned_turns() -> None:
     np.testing.assert_allclose(equilibrium(banned, trips).flow, [0, 0, 10, 10])
 
 
-def test_flow_is_conserved_and_batch_equals_single_runs() -> None:
-    rng = np.random.default_rng(0)
-    side = 4
+def grid(side: int, every: int, seed: int) -> tuple[Network, np.random.Generator]:
+    """Two-way streets on a square, zones at every so many crossings."""
+    rng = np.random.default_rng(seed)
     node = np.arange(side * side).reshape(side, side)
     one_way = np.concatenate([np.stack([node[:, :-1], node[:, 1:]], -1).reshape(-1, 2), np.stack([node[:-1], node[1:]], -1).reshape(-1, 2)])
     start, end = np.concatenate([one_way, one_way[:, ::-1]]).T
-    network = build(
-        start=start,
-        end=end,
-        length=rng.uniform(300, 900, len(start)),
-        capacity=rng.uniform(300, 600, len(start)),
-        zone=node[::3, ::3].ravel(),
-    )
+    length, capacity = rng.uniform(300, 900, len(start)), rng.uniform(300, 600, len(start))
+    return build(start=start, end=end, length=length, capacity=capacity, zone=node[::every, ::every].ravel()), rng
+
+
+def test_flow_is_conserved_and_batch_equals_single_runs() -> None:
+    network, rng = grid(4, every=3, seed=0)
+    start, end = network.start, network.end
     trips = rng.uniform(100, 500, (5, 4, 4))
     trips[2, 0, 1] = 0.0
     toll = rng.uniform(0, 20, (5, len(start))) * (rng.random((5, len(start))) < 0.2)
@@ -117,10 +119,54 @@ def test_flow_is_conserved_and_batch_equals_single_runs() -> None:
         alone = equilibrium(slow[i], trips[i], 1e-9, toll=toll[i], closed=closed[i])
         np.testing.assert_allclose(batched.flow, alone.flow, rtol=1e-4, atol=1e-2)
         np.testing.assert_allclose(batched.objective, alone.objective, rtol=1e-8)
-        net = np.bincount(end, batched.flow, side**2) - np.bincount(start, batched.flow, side**2)
+        net = np.bincount(end, batched.flow, network.nodes) - np.bincount(start, batched.flow, network.nodes)
         off = trips[i] * ~np.eye(4, dtype=bool)
         np.testing.assert_allclose(net[network.zone], off.sum(0) - off.sum(1), atol=1e-8)
     assert many[3].flow[5] == 0
+
+
+def own_gap(network: Network, trips: np.ndarray, toll: np.ndarray, flow: np.ndarray, user_flow: np.ndarray) -> float:
+    """The relative gap of link flows, `[user, link]` by class, from shortest paths that are searched here."""
+    time = network.free_time * (1 + network.alpha * (flow / network.capacity) ** network.beta)
+    spent, least = flow @ time, 0.0
+    for own, demand, price in zip(user_flow, trips, toll, strict=True):
+        spent += own[np.isfinite(price)] @ price[np.isfinite(price)]
+        usable = np.isfinite(price)
+        table = sparse.csr_matrix(((time + price)[usable], (network.start[usable], network.end[usable])), shape=(network.nodes,) * 2)
+        least += (demand * dijkstra(table, indices=network.zone)[:, network.zone]).sum()
+    return float((spent - least) / spent)
+
+
+def test_many_scenarios_in_one_call_are_those_of_single_calls() -> None:
+    # 18 scenarios that offer each other paths: demand from 0.3 to 1.7 times, two classes, tolls, closed links, pairs without trips
+    network, rng = grid(5, every=2, seed=1)
+    count, zones, links = 18, network.zones, network.links
+    trips = rng.uniform(5, 60, (count, 2, zones, zones)) * rng.uniform(0.3, 1.7, (count, 1, 1, 1)) * ~np.eye(zones, dtype=bool)
+    trips[rng.random(trips.shape) < 0.1] = 0.0
+    trips[4] = 0.0
+    toll = rng.uniform(0, 40, (count, 2, links)) * (rng.random((count, 2, links)) < 0.2)
+    closed = np.zeros((count, links), bool)
+    for i in range(5, 12):
+        closed[i, rng.integers(links)] = True
+    gap = 1e-8
+    together = equilibria(network, trips, gap, toll=toll, closed=closed)
+    searches = 0
+    for i, one in enumerate(together):
+        alone = equilibrium(network, trips[i], gap, toll=toll[i], closed=closed[i])
+        assert one.converged and not one.flow[closed[i]].any()
+        np.testing.assert_allclose(one.objective, alone.objective, rtol=2 * gap)
+        np.testing.assert_allclose(one.flow, alone.flow, atol=1e-3 * max(alone.flow.max(), 1e-9))  # flows are the root of the gap
+        if i == 4:
+            assert not one.flow.any()
+            continue
+        price = np.where(closed[i], np.inf, toll[i])
+        assert abs(own_gap(network, trips[i], price, one.flow, one.user_flow)) <= gap
+        of_paths = np.bincount(np.ravel_multi_index((one.paths.user, one.paths.origin, one.paths.destination), trips[i].shape),
+                               one.paths.flow, trips[i].size)  # fmt: skip
+        np.testing.assert_allclose(of_paths, trips[i].ravel(), atol=1e-9)
+        np.testing.assert_allclose(one.paths.links.T @ one.paths.flow, one.flow, atol=1e-6)
+        searches += one.iterations - alone.iterations
+    assert searches < 0
 
 
 def test_wrong_numbers_and_lost_trips_are_named() -> None:

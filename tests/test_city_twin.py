@@ -356,6 +356,28 @@ def test_indicators_are_sums_over_the_day(twin, answered, network):
     assert limits["NO2 above 10 ug/m3 (WHO 2021)"][0, 0] <= twin.place.people.sum() * 1.000001
 
 
+def test_a_lower_limit_is_no_delay_and_a_lane_less_fills_a_road(twin, network):
+    # nobody on the roads but for one vehicle: whatever the limit, it is not held up; a road at 80 % of two lanes is full on one
+    one = twin.ask(scenario({"do": "speed_limit", "districts": list(twin.place.zone_name), "kmh": 20}), None)
+    lane = twin.ask(scenario({"do": "capacity", "districts": list(twin.place.zone_name), "factor": 0.5}), None)
+    shape, road = (1, 1, 2, len(days.PERIODS), network.links), twin.place.roads[0]
+    for question in (one, lane):
+        state = {name: question.condition[f"city_{name}"][0] for name in ("free_speed", "capacity")}
+        free = np.broadcast_to((network.length / state["free_speed"] + twin.place.delay)[:, None], shape)
+        flow = np.zeros(shape)
+        flow[..., road] = 0.8 * network.capacity[road]
+        none = {name: np.zeros((1, 1, *([2] if d[0] == "case" else []), *([len(twin.place.receptors)] if "receptor" in d else []),
+                                *([len(twin.place.roads)] if "road" in d else []), *([network.zones] if "zone" in d else [])))
+                for name, (_, d, _, _) in results.WRITTEN.items()}  # fmt: skip
+        days_of = {name: np.zeros((1, 1, *(network.zones,) * 2)) for name in twin.sample}
+        found = results.indicators(twin, twin.dataset_of({**days_of, **none, "flow": flow, "time": free}, question))
+        np.testing.assert_allclose(found["hours of delay"], 0, atol=1e-3)
+        if question is one:
+            assert found["vehicle hours"][0, 1] > 1.2 * found["vehicle hours"][0, 0] > 0
+        else:
+            np.testing.assert_allclose(found["kilometres on full roads, %"], [[0, 100]])
+
+
 def test_every_format_is_read_back(twin, answered, network, tmp_path):
     dataset, _ = answered
     found = {name: results.ranges(values) for name, values in results.indicators(twin, dataset).items()}

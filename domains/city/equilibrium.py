@@ -4,8 +4,8 @@ The equilibrium minimises Beckmann's objective, the sum over links of the integr
 (Beckmann, McGuire & Winsten 1956, ch. 3). It is found on a set of paths that grows: shortest-path trees under the times so far give
 every pair of zones its cheapest way; where that beats the ways in use it joins them; then trips move between the ways of all pairs at
 once, by projected Newton steps whose linear systems are solved by conjugate gradients (Bertsekas & Gafni 1983, "Projected Newton
-methods and optimization of multicommodity flows"). Scenarios stand side by side in one block-diagonal problem, so that 64 of them
-cost far less than 64 runs. All of this is float64 on the host.
+methods and optimization of multicommodity flows"). Many scenarios start from their mean, offer each other the paths they find, and
+move their trips in one problem of many blocks, so that 64 of them cost far less than 64 runs. All of this is float64 on the host.
 
 `stochastic` is the smooth mode, in JAX: drivers perceive costs with an error and choose among given paths by a logit; its flows
 are differentiable with respect to times, capacities, tolls and demand by the implicit function theorem.
@@ -13,7 +13,7 @@ are differentiable with respect to times, capacities, tolls and demand by the im
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,9 +26,15 @@ from domains.city.network import Demand, Network, turns
 from twinsim.base import BadInput
 
 ITERATIONS = 200  # of path search and Newton steps; convergence takes 5 to 20
-_STEPS = 6  # Newton steps between two path searches
-_ROUNDS, _CONJUGATE = 3, 20  # in a step: times that paths which empty are held at zero, and CG iterations each time
+_ROUGH = 1e-4  # gap of the mean scenario, from which all start
+_EVERY = 4  # of many scenarios each fourth is searched first: what it finds serves the others
+_OFFERS = 2  # times that scenarios are offered each other's paths between two searches
+_MARGIN = 0.1  # times the gap asked for: a path joins that is cheaper by more than this; all that do not add up to less of a gap
+_STEPS, _WELL = 6, 0.02  # Newton steps between two searches, at most; times the gap over the known paths, at which they end
+_ROUNDS = 3  # in a step: times that paths which empty are held at zero
+_CONJUGATE = 4, 4, 4, 8, 20  # CG iterations of each round, by step: rough ones far from the solution, exact ones near it
 _CG_TOLERANCE = 0.1
+_TRIES, _FLAT = 8, 0.1  # of a line search; how flat the objective has to become, times its slope at the start
 _SHIFT = 1e-6, 1e4  # times the Hessian's diagonal, added to it: least (paths that are sums of others make it singular) and most
 
 
@@ -179,30 +185,24 @@ def _graph(network: Network) -> _Graph:
 
 
 @dataclass(frozen=True)
-class _Case:
-    """All scenarios: links one scenario after the other, `[scenario * link]`, and pairs of zones with trips, by scenario and class."""
+class _Roads:
+    """How long links take, arrays `[link, scenario]`, or `[link]` with those of all scenarios one after the other."""
 
-    network: Network
-    graph: _Graph
-    scenarios: int
-    users: int
-    free_time: np.ndarray  # s, [scenario * link]
-    capacity: np.ndarray
+    free_time: np.ndarray  # s
+    capacity: np.ndarray  # veh/h
     alpha: np.ndarray
     beta: np.ndarray
-    toll: np.ndarray  # s, inf where closed, [scenario, user, link]
-    scenario: np.ndarray  # [pair]
-    user: np.ndarray
-    origin: np.ndarray
-    destination: np.ndarray
-    trips: np.ndarray  # veh/h, [pair]
 
-    @property
-    def links(self) -> int:
-        return self.network.links
+    def only(self, link: np.ndarray, scenario: np.ndarray) -> "_Roads":
+        """Some links of some scenarios, one after the other, `[n]`."""
+        return _Roads(*(part[link, scenario] for part in (self.free_time, self.capacity, self.alpha, self.beta)))
+
+    def mean(self) -> "_Roads":
+        """Those of the mean scenario, `[link, 1]`."""
+        return _Roads(*(part.mean(1, keepdims=True) for part in (self.free_time, self.capacity, self.alpha, self.beta)))
 
     def time(self, flow: np.ndarray) -> np.ndarray:
-        """BPR travel time, s, `[scenario * link]`."""
+        """BPR travel time, s."""
         return self.free_time * (1 + self.alpha * _power(flow / self.capacity, self.beta))
 
     def slope(self, flow: np.ndarray) -> np.ndarray:
@@ -215,14 +215,32 @@ class _Case:
         """Integral of the travel time from 0 to the flow, Beckmann's term."""
         return self.free_time * flow * (1 + self.alpha / (self.beta + 1) * _power(flow / self.capacity, self.beta))
 
-    def by_scenario(self, of_links: np.ndarray) -> np.ndarray:
-        """Sums over the links of each scenario, `[scenario]`."""
-        return of_links.reshape(self.scenarios, -1).sum(1)
+
+@dataclass(frozen=True)
+class _Case:
+    """All scenarios side by side, and the pairs of zones, by class of users, that have trips in any of them."""
+
+    network: Network
+    graph: _Graph
+    roads: _Roads  # [link, scenario]
+    toll: np.ndarray  # s, inf where closed, [scenario, user, link]
+    user: np.ndarray  # [pair]
+    origin: np.ndarray
+    destination: np.ndarray
+    trips: np.ndarray  # veh/h, [pair, scenario]
+
+    @property
+    def scenarios(self) -> int:
+        return self.trips.shape[1]
+
+    @property
+    def users(self) -> int:
+        return self.toll.shape[1]
 
 
 def _power(base: np.ndarray, exponent: np.ndarray) -> np.ndarray:
     """`base ** exponent`, several times as fast for the usual BPR exponents."""
-    top = float(exponent[0])
+    top = float(exponent.flat[0]) if exponent.size else 0.0
     if top in (3.0, 4.0) and (exponent == top).all():
         square = base * base
         return square * (base if top == 3.0 else square)
@@ -263,15 +281,12 @@ def _case(networks: Any, trips: Any, toll: np.ndarray | None, closed: np.ndarray
     price = np.broadcast_to(price, (count, users, links)).copy()
     if closed is not None:
         price[np.broadcast_to(np.asarray(closed, bool)[:, None], price.shape)] = np.inf
-    flat = {
-        name: np.broadcast_to(np.stack([getattr(one, name) for one in given]), (count, links)).ravel()
+    roads = _Roads(*(
+        np.broadcast_to(np.stack([getattr(one, name) for one in given], 1), (links, count)).copy()
         for name in ("free_time", "capacity", "alpha", "beta")
-    }
-    scenario, user, origin, destination = np.nonzero(trip)
-    return _Case(
-        first, _graph(first), count, users, **flat, toll=price,
-        scenario=scenario, user=user, origin=origin, destination=destination, trips=trip[scenario, user, origin, destination],
-    )  # fmt: skip
+    ))  # fmt: skip
+    user, origin, destination = np.nonzero((trip > 0).any(0))
+    return _Case(first, _graph(first), roads, price, user, origin, destination, trip[:, user, origin, destination].T.copy())
 
 
 def _matrix(trips: Demand | np.ndarray) -> np.ndarray:
@@ -302,238 +317,359 @@ def _check_numbers(network: Network) -> None:
 
 
 @dataclass(frozen=True)
-class _Pool:
-    """The paths in play, those of a pair next to each other."""
+class _Found:
+    """Ways found by a search, each for one scenario."""
 
-    links: sparse.csr_matrix  # [path, scenario * link]
+    links: sparse.csr_matrix  # [path, link]
     pair: np.ndarray  # [path]
-    toll: np.ndarray  # s, [path]
-    flow: np.ndarray  # veh/h, [path]
+    scenario: np.ndarray  # [path]
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The paths in play, those of a pair next to each other; what one scenario has found is there for all."""
+
+    links: sparse.csr_matrix  # [path, link]
+    pair: np.ndarray  # [path]
+    mark: np.ndarray  # a number that no other path has, [path]
+    toll: np.ndarray  # s, inf over a closed link, [path, scenario]
+    flow: np.ndarray  # veh/h, [path, scenario]
+    open: np.ndarray  # whether a scenario may put trips on a path, [path, scenario]
 
     @classmethod
     def empty(cls, case: _Case) -> "_Pool":
-        none = np.zeros(0)
-        return cls(sparse.csr_matrix((0, case.scenarios * case.links)), none.astype(int), none, none)
+        none, nothing = np.zeros(0, int), np.zeros((0, case.scenarios))
+        return cls(sparse.csr_matrix((0, case.network.links)), none, none, nothing, nothing, nothing > 0)
 
-    def join(self, case: _Case, new: "_Pool") -> "_Pool":
-        """With the new paths, without those that nobody uses; a pair that had no path has all its trips on its new one."""
-        used = self.flow > 0
-        lonely = np.isin(new.pair, self.pair[used], invert=True)
-        pair = np.concatenate([self.pair[used], new.pair])
-        order = np.argsort(pair, kind="stable")
-        return _Pool(
-            sparse.vstack([self.links[used], new.links], format="csr")[order],
-            pair[order],
-            np.concatenate([self.toll[used], new.toll])[order],
-            np.concatenate([self.flow[used], np.where(lonely, case.trips[new.pair], 0.0)])[order],
-        )
+    def join(self, case: _Case, found: _Found, known: np.ndarray) -> "_Pool":
+        """With the paths found, without those that no scenario uses; pairs whose `known` cost was inf have all trips on their new one."""
+        mark = _marks(case, found)
+        old = len(self.mark)
+        _, index, same = np.unique(np.concatenate([self.mark, mark]), return_index=True, return_inverse=True)
+        place = index[same.reshape(-1)[old:]]  # of each path found, among the known and the found
+        kept = np.zeros(old + len(mark), bool)
+        kept[:old] = (self.flow > 0).any(1)
+        kept[place] = True
+        fresh = np.flatnonzero(kept[old:])
+        pair = np.concatenate([self.pair, found.pair])
+        order = np.flatnonzero(kept)[np.argsort(pair[kept], kind="stable")]
+        number = np.empty(len(kept), int)
+        number[order] = np.arange(len(order))
+        rows = number[place]
+        extended = np.where(order < old, order, old + np.searchsorted(fresh, order - old))
+        links = sparse.vstack([self.links, found.links[fresh]], format="csr")[extended]
+        toll = np.concatenate([self.toll, _tolls(case, found.links[fresh], found.pair[fresh])])[extended]
+        flow = np.concatenate([self.flow, np.zeros((len(fresh), case.scenarios))])[extended]
+        pool = _Pool(links, pair[order], np.concatenate([self.mark, mark])[order], toll, flow, flow > 0)
+        return pool.opened(case, rows, found.scenario, known)
 
-    def cheapest(self, case: _Case, time: np.ndarray) -> np.ndarray:
-        """Cost of the cheapest path of each pair, s, `[pair]`; inf for a pair without one."""
-        cost = np.full(len(case.trips), np.inf)
-        np.minimum.at(cost, self.pair, self.links @ time + self.toll)
-        return cost
+    def opened(self, case: _Case, path: np.ndarray, scenario: np.ndarray, known: np.ndarray) -> "_Pool":
+        """With paths open to scenarios, both `[n]`; a pair whose `known` cost is inf, `[pair, scenario]`, has all its trips on it."""
+        flow, open_ = self.flow.copy(), self.open.copy()
+        none = np.isinf(known[self.pair[path], scenario])
+        flow[path[none], scenario[none]] = case.trips[self.pair[path[none]], scenario[none]]
+        open_[path, scenario] = True
+        return replace(self, flow=flow, open=open_)
+
+    def link_flow(self) -> np.ndarray:
+        """Flow, veh/h, `[link, scenario]`."""
+        return self.links.T @ self.flow
+
+    def cost(self, time: np.ndarray) -> np.ndarray:
+        """Cost of paths at travel times `[link, scenario]`, s, `[path, scenario]`."""
+        return self.links @ time + self.toll
+
+    def cheapest(self, case: _Case, cost: np.ndarray) -> np.ndarray:
+        """The least of the costs `[path, scenario]` in each pair, `[pair, scenario]`; inf for a pair without a path."""
+        least = np.full(case.trips.shape, np.inf)
+        first = np.flatnonzero(np.diff(self.pair, prepend=-1))
+        count, least[self.pair[first]] = np.diff(np.append(first, len(self.pair))), cost[first]
+        for rank in range(1, count.max(initial=1)):  # faster than reduceat over rows
+            rows = first[count > rank] + rank
+            least[self.pair[rows]] = np.minimum(least[self.pair[rows]], cost[rows])
+        return least
 
 
-def _search(case: _Case, time: np.ndarray, known: np.ndarray, busy: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray, _Pool]:
-    """Costs of the cheapest ways and the paths that beat `known` costs `[pair]` by more than the fraction `margin`.
+def _marks(case: _Case, found: _Found) -> np.ndarray:
+    """A number for each path that, but for a chance of 2^-64, only the same links for the same pair have."""
+    number = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, case.network.links + len(case.trips))
+    return np.add.reduceat(number[found.links.indices], found.links.indptr[:-1]) + number[case.network.links + found.pair]
 
-    Only `busy` scenarios are searched, `[scenario]`. Returns costs `[pair]`, costs between all zones `[scenario, user, zone, zone]`, paths.
+
+def _tolls(case: _Case, links: sparse.csr_matrix, pair: np.ndarray) -> np.ndarray:
+    """What the class of a path's users pays on it, s, `[path, scenario]`."""
+    paid = np.zeros((len(pair), case.scenarios))
+    for user in range(case.users):
+        rows = np.flatnonzero(case.user[pair] == user)
+        paid[rows] = links[rows] @ case.toll[:, user].T
+    return paid
+
+
+def _search(case: _Case, time: np.ndarray, known: np.ndarray, busy: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray, _Found]:
+    """Costs of the cheapest ways and the paths that beat `known` costs `[pair, scenario]` by more than the fraction `margin`.
+
+    Only `busy` scenarios are searched, `[scenario]`. Returns costs `[pair, scenario]`, costs between all zones `[scenario, user, zone,
+    zone]`, paths.
     """
-    zones, links = case.network.zones, case.links
+    zones, graph = case.network.zones, case.graph
     best = known.copy()
     matrix = np.full((case.scenarios, case.users, zones, zones), np.inf)
-    bounds = np.searchsorted(case.scenario * case.users + case.user, np.arange(case.scenarios * case.users + 1))
-    rows: list[np.ndarray] = []
-    columns: list[np.ndarray] = []
-    pairs: list[np.ndarray] = []
-    tolls: list[np.ndarray] = []
+    edge = np.repeat(np.arange(graph.vertices), np.diff(graph.first)) * graph.vertices + graph.head
+    weighted = sparse.csr_matrix((np.ones(len(edge)), graph.head, graph.first), shape=(graph.vertices,) * 2)
+    bounds = np.searchsorted(case.user, np.arange(case.users + 1))
+    rows, columns, pairs, scenarios = [], [], [], []
     found = 0
     for scenario, user in np.ndindex(case.scenarios, case.users):
         if not busy[scenario]:
             continue
-        price = case.toll[scenario, user]
-        weight, carried = case.graph.weigh(time[scenario * links : (scenario + 1) * links] + price)
-        graph = sparse.csr_matrix((weight, case.graph.head, case.graph.first), shape=(case.graph.vertices,) * 2)
-        distance, before = dijkstra(graph, indices=case.graph.source, return_predecessors=True)
-        matrix[scenario, user] = distance[:, case.graph.sink]
-        here = np.arange(*bounds[scenario * case.users + user :][:2])
-        best[here] = cost = matrix[scenario, user][case.origin[here], case.destination[here]]
-        _refuse_lost(case, here[~np.isfinite(cost)])
-        better = here[known[here] - cost > margin * cost]
+        weighted.data, carried = graph.weigh(time[:, scenario] + case.toll[scenario, user])
+        distance, before = dijkstra(weighted, indices=graph.source, return_predecessors=True)
+        matrix[scenario, user] = distance[:, graph.sink]
+        here = np.arange(*bounds[user : user + 2])
+        here = here[case.trips[here, scenario] > 0]
+        best[here, scenario] = cost = matrix[scenario, user][case.origin[here], case.destination[here]]
+        _refuse_lost(case, here[~np.isfinite(cost)], scenario)
+        better = here[known[here, scenario] - cost > margin * cost]
         if not len(better):
             continue
-        row, link = _trace(case.graph, before, carried, case.origin[better], case.destination[better])
+        row, link = _trace(graph, edge, before, carried, case.origin[better], case.destination[better])
         rows.append(row + found)
         found += len(better)
-        columns.append(link + scenario * links)
+        columns.append(link)
         pairs.append(better)
-        tolls.append(np.bincount(row, price[link], len(better)))
+        scenarios.append(np.full(len(better), scenario))
     if not pairs:
-        return best, matrix, _Pool.empty(case)
-    row, pair = np.concatenate(rows), np.concatenate(pairs)
-    table = sparse.csr_matrix((np.ones(len(row)), (row, np.concatenate(columns))), shape=(len(pair), case.scenarios * links))
-    return best, matrix, _Pool(table, pair, np.concatenate(tolls), np.zeros(len(pair)))
+        none = np.zeros(0, int)
+        return best, matrix, _Found(sparse.csr_matrix((0, case.network.links)), none, none)
+    row, column = np.concatenate(rows), np.concatenate(columns)
+    table = sparse.csr_matrix((np.ones(len(row)), (row, column)), shape=(found, case.network.links))
+    return best, matrix, _Found(table, np.concatenate(pairs), np.concatenate(scenarios))
 
 
 def _trace(
-    graph: _Graph, before: np.ndarray, carried: np.ndarray, origin: np.ndarray, destination: np.ndarray
+    graph: _Graph, edge: np.ndarray, before: np.ndarray, carried: np.ndarray, origin: np.ndarray, destination: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Links on the tree paths of many pairs, followed back together: (index into the pairs, link), both `[n]`."""
-    keys = np.repeat(np.arange(graph.vertices), np.diff(graph.first)) * graph.vertices + graph.head
+    """Links on the tree paths of many pairs, followed back together: (index into the pairs, link), both `[n]`.
+
+    `edge` is each edge's tail times the vertices, and its head, `[edge]`.
+    """
     alive, vertex = np.arange(len(origin)), graph.sink[destination]
     rows, links = [], []
     while len(alive):
         ahead = before[origin[alive], vertex].astype(np.int64)
         rows.append(alive)
-        links.append(carried[np.searchsorted(keys, ahead * graph.vertices + vertex)])
+        links.append(carried[np.searchsorted(edge, ahead * graph.vertices + vertex)])
         further = ahead != graph.source[origin[alive]]
         alive, vertex = alive[further], ahead[further]
     row, link = np.concatenate(rows), np.concatenate(links)
     return row[link >= 0], link[link >= 0]
 
 
-def _refuse_lost(case: _Case, lost: np.ndarray) -> None:
+def _refuse_lost(case: _Case, lost: np.ndarray, scenario: int) -> None:
     if len(lost):
         names = case.network.node_id[case.network.zone]
         some = ", ".join(f"{names[case.origin[pair]]} to {names[case.destination[pair]]}" for pair in lost[:3])
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        where = f" in scenario {case.scenario[lost[0]]}" if case.scenarios > 1 else ""
+        where = f" in scenario {scenario}" if case.scenarios > 1 else ""
         raise BadInput(f"trips from zone {some}{more}{where}: expected a way by open links, there is none")
 
 
 def _like_the_mean(case: _Case) -> _Pool:
     """Paths of the mean scenario for every scenario, its trips shared out among them alike, ways over closed links left out."""
     # a link may be closed in some scenarios only, so the mean one has it open
-    links = case.links
     opened = np.where(np.isfinite(case.toll), case.toll, 0.0)
-    key = np.ravel_multi_index((case.user, case.origin, case.destination), (case.users, case.network.zones, case.network.zones))
-    keys, place = np.unique(key, return_inverse=True)
-    user, origin, destination = np.unravel_index(keys, (case.users, case.network.zones, case.network.zones))
-    flat = {name: getattr(case, name).reshape(-1, links).mean(0) for name in ("free_time", "capacity", "alpha", "beta")}
-    shares = np.bincount(place, case.trips) / case.scenarios
-    shut = np.isinf(case.toll).all(0)
-    mean = _Case(
-        case.network, case.graph, 1, case.users, **flat, toll=np.where(shut, np.inf, opened.mean(0))[None],
-        scenario=np.zeros(len(keys), int), user=user, origin=origin, destination=destination, trips=shares,
-    )  # fmt: skip
-    found = _iterate(mean, _Pool.empty(mean), 1e-4, ITERATIONS)[0]
-    share = found.flow / shares[found.pair]
-    pair_of = np.full((case.scenarios, len(keys)), -1)
-    pair_of[case.scenario, place] = np.arange(len(case.trips))
-    pair = pair_of[:, found.pair].ravel()  # [scenario * path]
-    table = sparse.kron(sparse.eye(case.scenarios), found.links, format="csr")
-    toll = np.concatenate([_path_tolls(found.links, opened[s], user[found.pair]) for s in range(case.scenarios)])
-    blocked = np.concatenate([_path_tolls(found.links, np.isinf(case.toll[s]) * 1.0, user[found.pair]) for s in range(case.scenarios)])
-    flow = np.tile(share, case.scenarios)
-    kept = (pair >= 0) & (blocked == 0) & (flow > 0)
-    order = np.flatnonzero(kept)[np.argsort(pair[kept], kind="stable")]
-    pair, flow = pair[order], flow[order]
-    total = np.bincount(pair, flow, len(case.trips))[pair]
-    return _Pool(table[order], pair, toll[order], flow / total * case.trips[pair])
-
-
-def _path_tolls(links: sparse.csr_matrix, toll: np.ndarray, user: np.ndarray) -> np.ndarray:
-    """Sum over a path's links of its class's toll, `[path]`; from tolls `[user, link]`."""
-    return (links @ toll.T)[np.arange(len(user)), user]
+    toll = np.where(np.isinf(case.toll).all(0), np.inf, opened.mean(0))[None]
+    mean = replace(case, roads=case.roads.mean(), toll=toll, trips=case.trips.mean(1, keepdims=True))
+    found = _iterate(mean, _Pool.empty(mean), _ROUGH, ITERATIONS)[0]
+    toll = _tolls(case, found.links, found.pair)
+    share = np.where(np.isfinite(toll), found.flow, 0.0)
+    first = np.searchsorted(found.pair, np.arange(len(case.trips)))
+    total = np.add.reduceat(share, first, axis=0)
+    flow = share * (case.trips / np.maximum(total, 1e-300))[found.pair]
+    return replace(found, toll=toll, flow=flow, open=flow > 0)
 
 
 # ---- the solution
 
 
 def _solve(case: _Case, pool: _Pool, gap: float, iterations: int) -> list[Equilibrium]:
-    pool, gaps, matrix, turns_taken = _iterate(case, pool, gap, iterations)
-    flow = pool.links.T @ pool.flow
-    time = case.time(flow)
-    objective = case.by_scenario(case.integral(flow)) + _sum(case, case.scenario[pool.pair], pool.flow * pool.toll)
+    pool, gaps, matrix, searches = _iterate(case, pool, gap, iterations)
+    flow = pool.link_flow()
+    time = case.roads.time(flow)
+    paid = np.where(pool.flow > 0, pool.toll, 0.0) * pool.flow
+    objective = case.roads.integral(flow).sum(0) + paid.sum(0)
     missed = np.flatnonzero(gaps > gap)
     if len(missed):
         worst = missed[np.argmax(gaps[missed])]
         count = f"{len(missed)} of {case.scenarios} scenarios miss"
         warnings.warn(f"equilibrium: {count} the gap {gap:g}, scenario {worst} is at {gaps[worst]:.3g}", stacklevel=4)
     answers = []
-    bounds = np.searchsorted(case.scenario[pool.pair], np.arange(case.scenarios + 1))
     for scenario in range(case.scenarios):
-        rows, columns = slice(*bounds[scenario:][:2]), slice(scenario * case.links, (scenario + 1) * case.links)
-        links, pair = pool.links[rows, columns], pool.pair[rows]
-        paths = Paths(links, case.user[pair], case.origin[pair], case.destination[pair], pool.flow[rows])
-        by_user = np.stack([links.T @ np.where(paths.user == user, paths.flow, 0.0) for user in range(case.users)])
-        reached = bool(gaps[scenario] <= gap)
+        used = np.flatnonzero(pool.open[:, scenario])
+        pair = pool.pair[used]
+        paths = Paths(pool.links[used], case.user[pair], case.origin[pair], case.destination[pair], pool.flow[used, scenario])
+        by_user = np.stack([paths.links.T @ np.where(paths.user == user, paths.flow, 0.0) for user in range(case.users)])
         answers.append(
             Equilibrium(
-                flow[columns],
-                time[columns],
-                by_user,
-                matrix[scenario],
-                float(gaps[scenario]),
-                reached,
-                float(objective[scenario]),
-                int(turns_taken[scenario]),
-                paths,
+                flow=flow[:, scenario].copy(),
+                time=time[:, scenario].copy(),
+                user_flow=by_user,
+                cost=matrix[scenario],
+                gap=float(gaps[scenario]),
+                converged=bool(gaps[scenario] <= gap),
+                objective=float(objective[scenario]),
+                iterations=int(searches[scenario]),
+                paths=paths,
             )  # fmt: skip
         )
     return answers
 
 
 def _iterate(case: _Case, pool: _Pool, gap: float, iterations: int) -> tuple[_Pool, np.ndarray, np.ndarray, np.ndarray]:
-    """Searches paths and moves trips until every scenario's gap is reached; returns paths, gaps, costs between zones, searches made."""
-    gaps, taken = np.full(case.scenarios, np.inf), np.zeros(case.scenarios, int)
+    """Searches paths and moves trips until every scenario's gap is reached; returns paths, gaps, costs between zones, searches made.
+
+    One scenario's paths are often what another one lacks, so that a few are searched first, and what they find is offered to all.
+    """
+    gaps, searches = np.full(case.scenarios, np.inf), np.zeros(case.scenarios, int)
     costs = np.full((case.scenarios, case.users, case.network.zones, case.network.zones), np.inf)
-    busy, caution = np.ones(case.scenarios, bool), np.full(case.scenarios, _SHIFT[0])
+    caution, margin = np.full(case.scenarios, _SHIFT[0]), _MARGIN * gap
+    pool = _settle(case, pool, gap, caution)
+    some = np.arange(case.scenarios) % _EVERY == 0
     for done in range(iterations + 1):
-        flow = pool.links.T @ pool.flow
-        time = case.time(flow)
-        known = pool.cheapest(case, time)
-        best, matrix, new = _search(case, time, known, busy, margin=1e-3 * gap)
-        fresh = np.isinf(known).any()
-        taken[busy] += 1
+        flow = pool.link_flow()
+        time = case.roads.time(flow)
+        cost = np.where(pool.open, pool.cost(time), np.inf)
+        known = pool.cheapest(case, cost)
+        busy = (gaps > gap) & (some if done == 0 else True)
+        best, matrix, found = _search(case, time, known, busy, margin)
+        searches[busy] += 1
         costs[busy] = matrix[busy]
-        if not fresh:
-            total = case.by_scenario(flow * time) + _sum(case, case.scenario[pool.pair], pool.flow * pool.toll)
-            least = _sum(case, case.scenario, case.trips * best)
-            gaps[busy] = ((total - least) / np.maximum(total, 1e-300))[busy]
-            busy = gaps > gap
-            if not busy.any() or done == iterations:
-                break
-        pool = pool.join(case, new)
-        if not fresh:
-            pool = _equilibrate(case, pool, np.where(busy, np.maximum(0.02 * gaps, 0.1 * gap), np.inf), caution)
-    return pool, gaps, costs, taken
+        whole = busy & (np.isfinite(known) | (case.trips == 0)).all(0)
+        gaps[whole] = _excess(case, pool, flow * time, cost, best)[0][whole]
+        if not (gaps > gap).any() or done == iterations:
+            break
+        pool = _settle(case, pool.join(case, found, known), gap, caution)
+    return pool, gaps, costs, searches
 
 
-def _sum(case: _Case, scenario: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sums by scenario, `[scenario]`."""
-    return np.array([values.sum()]) if case.scenarios == 1 else np.bincount(scenario, values, case.scenarios)
+def _excess(case: _Case, pool: _Pool, spent: np.ndarray, cost: np.ndarray, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Relative gap to the `best` costs `[pair, scenario]`, and all that trips cost; both `[scenario]`."""
+    total = spent.sum(0) + (pool.flow * np.where(pool.flow > 0, pool.toll, 0.0)).sum(0)
+    least = (case.trips * np.where(case.trips > 0, best, 0.0)).sum(0)
+    return np.divide(total - least, total, out=np.zeros_like(total), where=total > 0), total
 
 
-def _equilibrate(case: _Case, pool: _Pool, enough: np.ndarray, caution: np.ndarray) -> _Pool:
-    """Moves trips among the paths of their pairs, a few Newton steps, until the gap over these paths is `enough`, `[scenario]`."""
-    first = np.searchsorted(pool.pair, np.arange(len(case.trips)))
-    choice = np.diff(np.append(first, len(pool.pair)))[pool.pair] > 1
-    scenario = case.scenario[pool.pair]
-    h, v = pool.flow, pool.links.T @ pool.flow
-    for _ in range(_STEPS):
-        cost = pool.links @ case.time(v) + pool.toll
-        excess = cost - np.minimum.reduceat(cost, first)[pool.pair]
-        inner = _sum(case, scenario, h * excess) / np.maximum(_sum(case, scenario, h * cost), 1e-300)
-        moving = (inner > enough)[scenario] & choice
+def _settle(case: _Case, pool: _Pool, gap: float, caution: np.ndarray) -> _Pool:
+    """Moves trips until the gap over all known paths is well within `gap`, or for some rounds; opens paths to scenarios that lack them."""
+    for _ in range(1 if case.scenarios == 1 else _OFFERS):
+        flow = pool.link_flow()
+        time = case.roads.time(flow)
+        cost = pool.cost(time)
+        best = pool.cheapest(case, cost)
+        if case.scenarios > 1:
+            pool = _offer(case, pool, cost, best, _MARGIN * gap)
+        inner, total = _excess(case, pool, flow * time, cost, best)
+        whole = (np.isfinite(best) | (case.trips == 0)).all(0) & np.isfinite(inner)
+        moving = whole & (inner > 0.5 * gap)
         if not moving.any():
             break
-        wish = _newton(case, pool, h, v, cost, first, moving, caution)
-        share, downhill = _line_search(case, pool, v, h, wish)
+        pool = _equilibrate(case, pool, total, np.where(moving, np.maximum(_WELL * inner, 0.1 * gap), np.inf), caution)
+    return pool
+
+
+def _offer(case: _Case, pool: _Pool, cost: np.ndarray, best: np.ndarray, margin: float) -> _Pool:
+    """Opens to each scenario the known paths that are its pairs' cheapest, and closes those it does not use."""
+    pool = replace(pool, open=pool.flow > 0)
+    known = pool.cheapest(case, np.where(pool.open, cost, np.inf))
+    wanted = (case.trips > 0) & np.isfinite(best) & (known > best * (1 + margin))
+    path, scenario = np.nonzero(wanted[pool.pair] & (cost == best[pool.pair]))
+    _, one = np.unique(pool.pair[path] * case.scenarios + scenario, return_index=True)
+    return pool.opened(case, path[one], scenario[one], known)
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """The pairs that have a choice, scenario after scenario, and of the links those that not all paths of a pair use."""
+
+    scenarios: int
+    roads: _Roads  # [link]
+    place: np.ndarray  # scenario of a link, [link]
+    forth: sparse.csr_matrix  # links that a path has more (1) and less (-1) than the first of its pair, [path, link]
+    back: sparse.csr_matrix  # its transpose
+    pair: np.ndarray  # [path]
+    first: np.ndarray  # path of a pair, [pair]
+    toll: np.ndarray  # more than the first of its pair, s, [path]
+    scenario: np.ndarray  # [path]
+    trips: np.ndarray  # veh/h, [pair]
+
+    def sum(self, of_paths: np.ndarray) -> np.ndarray:
+        """By scenario, `[scenario]`."""
+        return _sum(self.scenarios, self.scenario, of_paths)
+
+
+def _sum(scenarios: int, scenario: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return np.array([values.sum()]) if scenarios == 1 else np.bincount(scenario, values, scenarios)
+
+
+def _choices(case: _Case, pool: _Pool, scenarios: np.ndarray) -> tuple[_Choices, tuple, tuple]:
+    """The choices of some scenarios, `[scenario]` bool; where their paths, and their links, stand: indices (path or link, scenario)."""
+    before = np.concatenate([np.zeros((1, case.scenarios), np.int32), np.cumsum(pool.open, axis=0, dtype=np.int32)])
+    several = np.diff(before[np.searchsorted(pool.pair, np.arange(len(case.trips) + 1))], axis=0) > 1
+    rows = np.flatnonzero(np.any(several, axis=1)[pool.pair])
+    scenario, row = np.nonzero((pool.open[rows] & (several & scenarios)[pool.pair[rows]]).T)
+    path = rows[row]
+    label = scenario * len(case.trips) + pool.pair[path]
+    begins = np.diff(label, prepend=-1) != 0
+    first, pair = np.flatnonzero(begins), np.cumsum(begins) - 1
+    links = pool.links[path] - pool.links[path[first[pair]]]
+    column = links.indices + np.repeat(scenario, np.diff(links.indptr)) * np.int64(case.network.links)
+    used = np.zeros(case.scenarios * case.network.links, bool)
+    used[column] = True
+    place, link = np.divmod(np.flatnonzero(used), case.network.links)
+    forth = sparse.csr_matrix((links.data, (np.cumsum(used) - 1)[column], links.indptr), shape=(len(path), len(link)))
+    toll = pool.toll[path, scenario]
+    trips = case.trips[pool.pair[path[first]], scenario[first]]
+    choices = _Choices(
+        case.scenarios, case.roads.only(link, place), place, forth, forth.T.tocsr(), pair, first, toll - toll[first[pair]], scenario, trips
+    )
+    return choices, (path, scenario), (link, place)
+
+
+def _equilibrate(case: _Case, pool: _Pool, total: np.ndarray, enough: np.ndarray, caution: np.ndarray) -> _Pool:
+    """Moves trips among the paths of their pairs, a few Newton steps, until the gap over these paths is `enough`, `[scenario]`.
+
+    `total` is what all trips cost before, `[scenario]`.
+    """
+    choices, where, links = _choices(case, pool, np.isfinite(enough))
+    if not len(choices.pair):
+        return pool
+    roads, first, scenario = choices.roads, choices.first, choices.scenario
+    h = start = pool.flow[where]
+    v = at_start = pool.link_flow()[links]
+    for done in range(_STEPS):
+        cost = choices.forth @ roads.time(v) + choices.toll
+        excess = cost - np.minimum.reduceat(cost, first)[choices.pair]
+        inner = choices.sum(h * excess) / np.maximum(total, 1e-300)
+        moving = (inner > enough)[scenario]
+        if not moving.any():
+            break
+        wish = _newton(choices, h, v, cost, moving, caution, _CONJUGATE[min(done, len(_CONJUGATE) - 1)])
+        share, downhill = _line_search(choices, v, h, wish)
         caution[:] = np.clip(np.where(share > 0.5, caution / 10, np.where(share < 0.1, caution * 10, caution)), *_SHIFT)
         stuck = moving & ~downhill[scenario]
         if stuck.any():  # a projected Newton step may point uphill; this one cannot
             caution[~downhill] = np.maximum(caution[~downhill], 1e-3)
-            wish = np.where(stuck, _shift_to_cheapest(case, pool, h, v, excess, first, stuck), wish)
-            share, _ = _line_search(case, pool, v, h, wish)
+            wish = np.where(stuck, _shift_to_cheapest(choices, h, v, excess, stuck), wish)
+            share, _ = _line_search(choices, v, h, wish)
         h = h + share[scenario] * (wish - h)
-        v = pool.links.T @ h
-    return _Pool(pool.links, pool.pair, pool.toll, h)
+        v = np.maximum(at_start + choices.back @ (h - start), 0.0)
+    flow = pool.flow.copy()
+    flow[where] = h
+    return replace(pool, flow=flow)
 
 
 def _newton(
-    case: _Case, pool: _Pool, h: np.ndarray, v: np.ndarray, cost: np.ndarray, first: np.ndarray, moving: np.ndarray, caution: np.ndarray
+    choices: _Choices, h: np.ndarray, v: np.ndarray, cost: np.ndarray, moving: np.ndarray, caution: np.ndarray, most: int
 ) -> np.ndarray:
     """Path flows where the objective's quadratic model is least, nearly, among those that are not negative, `[path]`.
 
@@ -541,42 +677,46 @@ def _newton(
     (Bertsekas & Gafni 1983). `caution` `[scenario]` shortens the step as Levenberg and Marquardt do; it grows where steps fail. Paths at
     their bound stay there; those that a solution of the free ones would empty are emptied, and the rest is solved for again.
     """
-    main = _first_of_pair(pool, h == np.maximum.reduceat(h, first)[pool.pair], first)
-    gradient = cost - cost[main][pool.pair]
+    pair = choices.pair
+    main = _first_of_pair(choices, h == np.maximum.reduceat(h, choices.first)[pair])
+    gradient = cost - cost[main][pair]
     free = moving & ((h > 0) | (gradient < 0))
     free[main] = False
     some = np.flatnonzero(free)
-    # of link flows, by a vehicle more on a path, [free path, scenario * link]
-    change = pool.links[some] - pool.links[main[pool.pair[some]]]
-    back, slope = change.T.tocsr(), case.slope(v)
+    # of link flows, by a vehicle more on a path, [free path, link]
+    change = choices.forth[some] - choices.forth[main[pair[some]]]
+    back, slope = change.T.tocsr(), choices.roads.slope(v)
     diagonal = abs(change) @ slope
-    shift = caution[case.scenario[pool.pair[some]]] * diagonal + 1e-12 * diagonal.max(initial=1e-300)
+    gradient, flow, scenario = gradient[some], h[some], choices.scenario[some]
+    shift = caution[scenario] * diagonal + 1e-12 * diagonal.max(initial=1e-300)
     diagonal = diagonal + shift
-    gradient, flow, scenario = gradient[some], h[some], case.scenario[pool.pair[some]]
+
+    def total(of_free: np.ndarray) -> np.ndarray:
+        return _sum(choices.scenarios, scenario, of_free)
 
     def curvature(x: np.ndarray) -> np.ndarray:
         return change @ (slope * (back @ x)) + shift * x
 
     # as good as empty, and on its way down by its own Newton step (the binding set of Bertsekas 1982)
-    free = (flow > gradient / diagonal) | (flow >= 1e-3 * case.trips[pool.pair[some]])
+    free = (flow > gradient / diagonal) | (flow >= 1e-3 * choices.trips[pair[some]])
     step = np.where(free, 0.0, -flow)
     start = None
     for _ in range(_ROUNDS):
         residual = np.where(free, -gradient - curvature(step), 0.0)
         scaled = residual / diagonal
-        square = _sum(case, scenario, residual * scaled)
+        square = total(residual * scaled)
         start = square if start is None else start
         direction = scaled
-        for _ in range(_CONJUGATE):  # conjugate gradients, each scenario with numbers of its own
+        for _ in range(most):  # conjugate gradients, each scenario with numbers of its own
             going = square > _CG_TOLERANCE**2 * start
             if not going.any():
                 break
             bent = np.where(free, curvature(direction), 0.0)
-            length = np.where(going, square / np.maximum(_sum(case, scenario, direction * bent), 1e-300), 0.0)[scenario]
+            length = np.where(going, square / np.maximum(total(direction * bent), 1e-300), 0.0)[scenario]
             step = step + length * direction
             residual = residual - length * bent
             scaled = residual / diagonal
-            old, square = square, _sum(case, scenario, residual * scaled)
+            old, square = square, total(residual * scaled)
             direction = scaled + (square / np.maximum(old, 1e-300))[scenario] * direction
         below = free & (flow + step < 0)
         if not below.any():
@@ -585,64 +725,64 @@ def _newton(
         step = np.where(below, -flow, step)
     wish = h.copy()
     wish[some] = np.maximum(flow + step, 0.0)
-    return _fill(case, pool, wish, main, first)
+    return _fill(choices, wish, main)
 
 
-def _shift_to_cheapest(
-    case: _Case, pool: _Pool, h: np.ndarray, v: np.ndarray, excess: np.ndarray, first: np.ndarray, moving: np.ndarray
-) -> np.ndarray:
+def _shift_to_cheapest(choices: _Choices, h: np.ndarray, v: np.ndarray, excess: np.ndarray, moving: np.ndarray) -> np.ndarray:
     """Path flows after each path's own Newton step towards the cheapest of its pair, `[path]`; always downhill.
 
     Source: Jayakrishnan et al. (1994), "A faster path-based algorithm for traffic assignment".
     """
-    cheapest = _first_of_pair(pool, excess == 0, first)
+    cheapest = _first_of_pair(choices, excess == 0)
     some = np.flatnonzero(moving & (h > 0) & (excess > 0))
-    diagonal = abs(pool.links[some] - pool.links[cheapest[pool.pair[some]]]) @ case.slope(v)
+    diagonal = abs(choices.forth[some] - choices.forth[cheapest[choices.pair[some]]]) @ choices.roads.slope(v)
     wish = h.copy()
     wish[some] -= np.minimum(h[some], excess[some] / np.maximum(diagonal, 1e-300))
-    return _fill(case, pool, wish, cheapest, first)
+    return _fill(choices, wish, cheapest)
 
 
-def _first_of_pair(pool: _Pool, chosen: np.ndarray, first: np.ndarray) -> np.ndarray:
+def _first_of_pair(choices: _Choices, chosen: np.ndarray) -> np.ndarray:
     """The first chosen path of each pair, `[pair]`; one of each has to be chosen."""
     paths = np.flatnonzero(chosen)[::-1]
-    answer = np.empty(len(first), np.int64)
-    answer[pool.pair[paths]] = paths
+    answer = np.empty(len(choices.first), np.int64)
+    answer[choices.pair[paths]] = paths
     return answer
 
 
-def _fill(case: _Case, pool: _Pool, wish: np.ndarray, main: np.ndarray, first: np.ndarray) -> np.ndarray:
+def _fill(choices: _Choices, wish: np.ndarray, main: np.ndarray) -> np.ndarray:
     """Gives the main path of each pair the trips that the others leave; shrinks those where they want more than there is."""
     wish[main] = 0.0
-    others = np.add.reduceat(wish, first)
-    wish *= np.minimum(1.0, case.trips / np.maximum(others, 1e-300))[pool.pair]
-    wish[main] = np.maximum(case.trips - others, 0.0)
+    others = np.add.reduceat(wish, choices.first)
+    wish *= np.minimum(1.0, choices.trips / np.maximum(others, 1e-300))[choices.pair]
+    wish[main] = np.maximum(choices.trips - others, 0.0)
     return wish
 
 
-def _line_search(case: _Case, pool: _Pool, v: np.ndarray, h: np.ndarray, wish: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _line_search(choices: _Choices, v: np.ndarray, h: np.ndarray, wish: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How far to go from h to the wish, 0 to 1, for the objective to be least, and whether it falls at all; both `[scenario]`."""
     change = wish - h
-    dv = pool.links.T @ change
-    paid = _sum(case, case.scenario[pool.pair], change * pool.toll)
+    dv = choices.back @ change
+    paid = choices.sum(change * choices.toll)
 
     def rise(share: np.ndarray) -> np.ndarray:
         """Derivative of the objective along the way."""
-        flow = np.maximum(v.reshape(case.scenarios, -1) + share[:, None] * dv.reshape(case.scenarios, -1), 0.0).ravel()
-        return case.by_scenario(dv * case.time(flow)) + paid
+        flow = np.maximum(v + share[choices.place] * dv, 0.0)
+        return _sum(choices.scenarios, choices.place, dv * choices.roads.time(flow)) + paid
 
-    low, high = np.zeros(case.scenarios), np.ones(case.scenarios)
+    low, high = np.zeros(choices.scenarios), np.ones(choices.scenarios)
     at_low, at_high = rise(low), rise(high)
-    downhill = at_low < 0
-    all_the_way = at_high <= 0
-    if (downhill & ~all_the_way).any():
-        for _ in range(8):  # false position; halving the end that stays (the Illinois rule)
-            share = low + (high - low) * at_low / np.where(at_low < at_high, at_low - at_high, -1.0)
-            value = rise(share)
-            left = value < 0
-            low, at_low, at_high = np.where(left, share, low), np.where(left, value, at_low / 2), np.where(left, at_high / 2, value)
-            high = np.where(left, high, share)
-    return np.where(all_the_way, 1.0, low) * downhill, downhill
+    downhill, enough = at_low < 0, _FLAT * np.abs(at_low)
+    share, at_share = high, at_high
+    for _ in range(_TRIES):  # false position; halving the end that stays (the Illinois rule)
+        open_ = downhill & (at_share > enough) | (share < 1) & (at_share < -enough)
+        if not open_.any():
+            break
+        share = np.where(open_, low + (high - low) * at_low / np.where(at_low < at_high, at_low - at_high, -1.0), share)
+        at_share = np.where(open_, rise(share), at_share)
+        left = at_share < 0
+        low, at_low, at_high = np.where(left, share, low), np.where(left, at_share, at_low / 2), np.where(left, at_high / 2, at_share)
+        high = np.where(left, high, share)
+    return np.where(at_share > enough, low, share) * downhill, downhill
 
 
 # ---- the smooth mode

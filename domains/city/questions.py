@@ -222,7 +222,7 @@ def _counted(twin: "CityTwin", scenario: CityScenario, before: State) -> tuple[A
     there = stopped(
         replace(network, free_speed=np.asarray(before.free_speed, float), capacity=np.maximum(before.capacity, 1.0)), twin.place.delay
     )
-    settled = equilibria(there, usual / LENGTHS[:, None, None], 1e-4)
+    settled = equilibria(there, usual / LENGTHS[:, None, None], 1e-4, closed=np.asarray(before.capacity)[None] <= 0)
     share = np.stack([_shares(settled[p].paths, one, network.zones) for p, one in zip(period, link, strict=True)])  # [count, zone, zone]
     per_hour = (share / LENGTHS[period][:, None, None]).astype(np.float32)
     names = list(twin.sample)

@@ -9,6 +9,7 @@ import xarray as xr
 
 from domains.city import exposure, outputs
 from domains.city.days import LENGTHS, PERIODS
+from domains.city.interventions import CONDITION
 from twinsim.base import Question, Sample, Section
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def dataset_of(twin: "CityTwin", samples: Sample, question: Question) -> xr.Data
     }
     if "flow" in samples:
         metres = {"units": "m", "long_name": "length"}
+        free_speed, capacity = (np.asarray(question.condition[f"{CONDITION}{name}"][0], float) for name in ("free_speed", "capacity"))
         coords |= {
             "case": list(CASES),
             "period": [period.name for period in PERIODS],
@@ -71,6 +73,12 @@ def dataset_of(twin: "CityTwin", samples: Sample, question: Question) -> xr.Data
             "from_node": ("link", network.node_id[network.start]),
             "to_node": ("link", network.node_id[network.end]),
             "length": ("link", network.length, metres),
+            "free_time": (
+                ("case", "link"),
+                network.length / free_speed + place.delay,
+                {"units": "s", "long_name": "travel time when empty"},
+            ),
+            "capacity": (("case", "link"), capacity, {"units": "h-1", "long_name": "vehicles an hour that pass; 0 where closed"}),
             "road": network.link_id[place.roads],
             "zone": zone,
             "x": ("receptor", place.receptors[:, 0], {"units": "m", "standard_name": "projection_x_coordinate"}),
@@ -84,14 +92,18 @@ def dataset_of(twin: "CityTwin", samples: Sample, question: Question) -> xr.Data
 
 
 def indicators(twin: "CityTwin", dataset: xr.Dataset) -> dict[str, np.ndarray]:
-    """Name with unit -> value of each sampled day before and after, `[day, case]`."""
+    """Name with unit -> value of each sampled day before and after, `[day, case]`.
+
+    Delay is what roads take longer than when empty, and full is what is full, by the limits and lanes of the same case.
+    """
     network, roads = twin.place.network, twin.place.roads
     flow, time = (dataset[name].values[:, 0][..., roads] for name in ("flow", "travel_time"))  # [day, case, period, road]
     hours, length = LENGTHS[:, None], network.length[roads]
-    free = length / network.free_speed[roads] + twin.place.delay[roads]
+    # of the same case, [case, 1, road]: who keeps to a lower limit is not held up by it
+    free, capacity = (dataset[name].values[:, None, roads] for name in ("free_time", "capacity"))
     kilometres = (flow * hours * length / 1000).sum((-1, -2))
     spent = (flow * hours * time / 3600).sum((-1, -2))
-    full = (flow * hours * length / 1000 * (flow > BUSY * network.capacity[roads])).sum((-1, -2))
+    full = (flow * hours * length / 1000 * (flow > BUSY * capacity)).sum((-1, -2))
     found = {
         "car and goods trips": dataset["car_trips"].values[:, 0].sum(-1),
         "vehicle kilometres": kilometres,
@@ -141,7 +153,7 @@ def summary(twin: "CityTwin", question: Question, dataset: xr.Dataset) -> str:
     """The answer in two sentences."""
     found = indicators(twin, dataset)
     parts = []
-    for name in ("vehicle kilometres", "hours of delay", "CO2, t", "NO2 that people breathe, ug/m3"):
+    for name in ("vehicle kilometres", "vehicle hours", "hours of delay", "CO2, t", "NO2 that people breathe, ug/m3"):
         mean, low, high = ranges(found[name])["relative"]
         parts.append(f"{name.partition(',')[0]} {mean:+.1f} % ({low:+.1f} to {high:+.1f})")
     gains = _gains(twin, dataset)
@@ -200,11 +212,12 @@ def _asked(twin: "CityTwin", asked: Any, question: Question) -> Section:
 def _for_citizens(twin: "CityTwin", question: Question, dataset: xr.Dataset, found: Ranges) -> Section:
     """The answer in plain words."""
     gains = _gains(twin, dataset)
-    hours, co2 = found["hours of delay"], found["CO2, t"]
+    spent, held_up, co2 = found["vehicle hours"], found["hours of delay"], found["CO2, t"]
     sure = "" if _sure(co2["change"]) else ", which is less than it varies between days"
     text = [
-        f"What if: {_changes(question)[:1].lower() + _changes(question)[1:]}. On such a day, drivers together would stand or crawl for "
-        f"{abs(hours['change'][0]):,.0f} hours {_more(hours['change'][0])} than now, of {hours['base'][0]:,.0f}. Traffic would give off "
+        f"What if: {_changes(question)[:1].lower() + _changes(question)[1:]}. On such a day, drivers together would be under way for "
+        f"{abs(spent['change'][0]):,.0f} hours {_more(spent['change'][0])} than now, of {spent['base'][0]:,.0f}, and held up by traffic "
+        f"for {abs(held_up['change'][0]):,.0f} hours {_more(held_up['change'][0])}, of {held_up['base'][0]:,.0f}. Traffic would give off "
         f"{abs(co2['change'][0]):,.1f} tonnes of CO2 {_more(co2['change'][0])}, of {co2['base'][0]:,.0f}{sure}.",
         f"The air would become better for {gains['better']:,.0f} people and worse for {gains['worse']:,.0f}; for "
         f"{gains['as before']:,.0f} it would stay as it is. The map below shows where.",
@@ -255,7 +268,7 @@ def _where(twin: "CityTwin", dataset: xr.Dataset) -> Section:
     no2 = dataset["air_NO2"].values[:, 0].mean(0)
     pictures = {
         f"Traffic in the morning, vehicles an hour: now, and its change. {_streets(network.name, morning[1] - morning[0])}": maps.traffic(
-            twin.place, morning[0], morning[1] - morning[0], network.capacity
+            twin.place, morning[0], morning[1] - morning[0], dataset["capacity"].values[0]
         ),
         f"NO2, mean of the days: now, and its change. {_districts(twin, no2[1] - no2[0])}": maps.air(
             twin.place, no2[0], no2[1] - no2[0], "NO2, ug/m3"
