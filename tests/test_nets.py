@@ -9,7 +9,20 @@ import pytest
 from building import built, rough_jit
 from flax import nnx
 
-from generators.nets import Conv, DiT, HiddenBlock, ResidualMLP, TransformerBlock, UNet, drop, enlarge, from_patches, halve, to_patches
+from generators.nets import (
+    Conv,
+    DiT,
+    HiddenBlock,
+    ResidualMLP,
+    TransformerBlock,
+    UNet,
+    drop,
+    enlarge,
+    from_patches,
+    halve,
+    product,
+    to_patches,
+)
 from twinsim.base import BadInput, Spec
 
 KEY = jax.random.key(0)
@@ -194,3 +207,19 @@ def test_bfloat16_learns_what_float32_learns(name):
 def test_wrong_sizes_are_refused(build):
     with pytest.raises(BadInput, match="expected|must be"):
         build(Spec((8, 8), 1, 0, 0, (False, False)))
+
+
+@pytest.mark.parametrize("out", [(5,), (3, 2, 4)])
+def test_a_product_is_that_of_jax_in_every_order_of_vmap_and_grad(out):
+    draw = np.random.default_rng(0)
+    x, kernel, weight = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in ((7, 3, 6), (6, *out), (3, *out)))
+
+    def gradients(times):
+        loss = lambda kernel, x: jnp.sum(jnp.sin(times(x, kernel)) * weight)  # noqa: E731
+        together = jax.grad(lambda kernel, x: jnp.sum(jax.vmap(loss, (None, 0))(kernel, x)), (0, 1))(kernel, x)
+        alone = jax.vmap(jax.grad(loss, (0, 1)), (None, 0))(kernel, x)
+        pairs = jax.vmap(lambda x: times(x, kernel * x[0, 0]))(x)  # a kernel of its own for each sample
+        return together, alone, pairs
+
+    ours, theirs = gradients(product), gradients(lambda x, kernel: jnp.tensordot(x, kernel, 1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
