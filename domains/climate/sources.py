@@ -888,20 +888,26 @@ def patches(
     wet_threshold: float = 0.1,
     wet_fraction: float = 0.05,
     symmetries: bool = False,
+    intensities: Sequence[float] = (1.0,),
 ) -> xr.Dataset:
     """Wet square patches of radar frames, `[patch, y, x]`.
 
     Patches are cut from the north-western corner of each frame in steps of `stride`, frame by frame and row by row southward; one is
     kept if all its values are finite and more than `wet_fraction` of them exceed `wet_threshold` (in the variable's units). With
-    `symmetries` each comes eight times, turned and mirrored, for a quantity that knows no direction: to be trained on, not judged by.
+    `symmetries` each comes eight times, turned and mirrored, for a quantity that knows no direction; and once for each of `intensities`,
+    multiplied by it, for a quantity whose pattern within a coarse cell does not depend on how much falls there: rain is near to that
+    (Schertzer & Lovejoy 1987, J. Geophys. Res. 92, 9693-9714), and a few storms alone do not tell it. To be trained on, not judged by.
 
     Returns:
       the variable on `(patch, y, x)` with the names of the horizontal dimensions, `y` and `x` being cell numbers, and on `patch` the
-      coordinates `frame_time`, `centre`, the column of the patch's centre as a fraction of the width, and `symmetry`, 0 as it is.
+      coordinates `frame_time`, `centre`, the column of the patch's centre as a fraction of the width, `symmetry`, 0 as it is, and
+      `intensity`, 1 as it is.
 
     Raises:
-      BadInput: no such variable, frames smaller than a patch, or no wet patch.
+      BadInput: no such variable, an intensity that is not positive, frames smaller than a patch, or no wet patch.
     """
+    if not intensities or min(intensities) <= 0:
+        raise BadInput(f"patches: expected positive intensities, 1 for a patch as it is, got {list(intensities)}")
     if variable not in dataset:
         raise BadInput(f"patches: no variable {variable}; {_present(variable, dataset.data_vars)}")
     array = dataset[variable]
@@ -925,14 +931,19 @@ def patches(
         raise BadInput(f"patches: none of {size} x {size} cells has {rule}, expected at least one")
     attrs = {key: value for key, value in array.attrs.items() if key != "grid_mapping"}
     values = np.stack(kept).astype(np.float32)
-    copies = 8 if symmetries else 1
+    turns = 8 if symmetries else 1
     if symmetries:
         turned = [np.rot90(values, quarter, (1, 2)) for quarter in range(4)]
         values = np.concatenate([*turned, *(each[:, :, ::-1] for each in turned)])
+    values = np.concatenate([values * np.float32(factor) for factor in intensities])
+    scales = len(intensities)
+    symmetry = np.tile(np.repeat(np.arange(turns), len(kept)), scales)
+    intensity = np.repeat(np.asarray(intensities, float), turns * len(kept))
     coords = {
-        "symmetry": ("patch", np.repeat(np.arange(copies), len(kept)), {"long_name": "quarter turns, and 4 more where mirrored"}),
-        "centre": ("patch", np.tile(centre, copies), {"long_name": "column of the centre as a fraction of the width"}),
-        "frame_time": ("patch", np.tile(dataset["time"].values[when], copies)),
+        "symmetry": ("patch", symmetry, {"long_name": "quarter turns, and 4 more where mirrored"}),
+        "intensity": ("patch", intensity, {"long_name": "what the rain is multiplied by"}),
+        "centre": ("patch", np.tile(centre, turns * scales), {"long_name": "column of the centre as a fraction of the width"}),
+        "frame_time": ("patch", np.tile(dataset["time"].values[when], turns * scales)),
         y: np.arange(size),
         x: np.arange(size),
     }
