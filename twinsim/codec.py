@@ -71,13 +71,14 @@ def fit_components(residuals: np.ndarray, weights: np.ndarray, count: int) -> di
     channel_scale = np.sqrt((residuals**2 * weights[..., None]).mean(axis=tuple(range(residuals.ndim - 1)))) + 1e-12
     features = (residuals / channel_scale * root).reshape(samples, -1).astype(np.float32)
     mean = features.mean(0)
-    # The eigenvectors of the small Gram matrix [n, n] give the same components as a singular value decomposition, faster.
+    # The eigenvectors of the smaller Gram matrix give the same components as a singular value decomposition, faster.
     centred = features - mean
-    power, vectors = np.linalg.eigh((centred @ centred.T).astype(np.float64))
+    wide = features.shape[1] > samples
+    power, vectors = np.linalg.eigh((centred @ centred.T if wide else centred.T @ centred).astype(np.float64))
     count = int(min(count, samples - 1, features.shape[1]))
     count = max(1, min(count, int((power > STILL * power[-1]).sum())))  # means taken out before leave fewer than n - 1
     power, vectors = np.maximum(power[::-1][:count], 1e-12), vectors[:, ::-1][:, :count]
-    basis = (vectors / np.sqrt(power)).T.astype(np.float32) @ centred
+    basis = (vectors / np.sqrt(power)).T.astype(np.float32) @ centred if wide else vectors.T
     scale = np.sqrt(power / (samples - 1)).astype(np.float32)
     explained = np.float32(power.sum() / (centred.astype(np.float64) ** 2).sum())
     return {
