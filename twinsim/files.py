@@ -100,15 +100,15 @@ def write_zarr(part: Callable[[range], xr.Dataset], members: int, at_once: int, 
     whole = whole.assign_coords(member=("member", np.arange(members), first["member"].attrs))
     attrs = {name: values.attrs for name, values in first.data_vars.items()}
     del first, stored
-    if len(some) > 1:
+    if len(some) > 1:  # room for the others
         shutil.rmtree(path / "member")
         whole[["member"]].reset_coords(drop=True).to_zarr(path, mode="a", zarr_format=3, consolidated=False)
-    for name in attrs if len(some) > 1 else ():
-        array = zarr.open_array(path / str(name), mode="r+")
-        array.resize((members, *array.shape[1:]))
+        for name in attrs:
+            array = zarr.open_array(path / str(name), mode="r+")
+            array.resize((members, *array.shape[1:]))
     for these in some[1:]:
         region = {"member": slice(these.start, these.stop)}
-        part(these).drop_vars(whole.coords).to_zarr(path, region=region, zarr_format=3, consolidated=False)  # kept by nobody
+        part(these).drop_vars(whole.coords).to_zarr(path, region=region, zarr_format=3, consolidated=False)
     lazy = xr.open_dataset(path, engine="zarr", consolidated=False, chunks=None, cache=False, decode_timedelta=False)
     return whole.assign({name: lazy[name].assign_attrs(attrs[name]).variable for name in attrs}).drop_encoding()
 

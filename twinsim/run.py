@@ -242,17 +242,22 @@ def data(config: Config, progress: Progress, domain: Domain | None = None) -> Pr
 
 def _check_inputs(kept: Path, domain: Domain, config: Config) -> None:
     """Raises BadInput where a file that the data were made from has other content now."""
-    now = {str(each["place"]): each["sha256"] for each in domain.inputs()}
+    inputs = domain.inputs()
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(kept, json.dumps(now, indent=1))
+        files.write_text(kept, json.dumps({str(each["place"]): each["sha256"] for each in inputs}, indent=1))
     try:
         before = dict(json.loads(kept.read_text()))
     except (TypeError, ValueError):
         raise BadInput(f"{kept}: damaged, expected the sha256 of each input; remove {kept.parent} to make the data again") from None
-    if changed := [place for place in now if before.get(place, now[place]) != now[place]]:
+    _refuse_changed(inputs, "place", before, kept.parent)
+
+
+def _refuse_changed(inputs: Sequence[Mapping[str, Any]], name: str, before: Mapping[str, str], made: Path) -> None:
+    """Raises BadInput where an input, called by its `name` ("name" or "place"), has another sha256 than `before`, when `made` was made."""
+    if changed := [each["place"] for each in inputs if before.get(str(each[name]), each["sha256"]) != each["sha256"]]:
         raise BadInput(
-            f"{changed[0]}: its content has changed since {kept.parent} was made from it; expected the same file, or another out=FOLDER"
+            f"{changed[0]}: its content has changed since {made} was made from it; expected the same file, or another out=FOLDER"
         )
 
 
@@ -481,10 +486,7 @@ def _check_made_from(folder: Path, config: Config) -> None:
         inputs = [] if makes_data(config) else open_domain(config).inputs()
     except BadInput as error:
         return tell(f"{error}; whether {folder} was made from the inputs as they are now is not known")
-    if changed := [each for each in inputs if recorded.inputs.get(each["name"], each["sha256"]) != each["sha256"]]:
-        raise BadInput(
-            f"{changed[0]['place']}: its content has changed since {folder} was made from it; expected the same file, or another out=FOLDER"
-        )
+    _refuse_changed(inputs, "name", recorded.inputs, folder)
     if recorded.code != (now := record.code_version(record.git_state())):
         tell(f"{folder} was made by twinsim {recorded.code}, this is {now}; move it away to make it again")
 

@@ -133,8 +133,7 @@ class InARow:
 class PCAGaussian:
     """Gaussian draws along the joint components of all variables (`codec.fit_components`), around a seasonal climatology.
 
-    What is linear between variables comes out right; bounds
-    and tails do not.
+    What is linear between variables comes out right; bounds and tails do not.
 
     Args:
       count: leading components to use; None uses all.

@@ -326,9 +326,7 @@ def _score_balance(domain: "Climate", generated: Sample, table: dict) -> None:
     zg, ta, ps, ua = (pick[name] for name in GEOSTROPHIC)
     wind = np.stack([physics.geostrophic_wind(*each, latitude) for each in zip(zg, ta, ps, strict=True)])
     inside = physics.mid_latitudes(latitude)
-    u, balanced = ua[:, inside], wind[:, inside]
-    rows = lambda values: values.reshape(len(values), -1).astype(np.float64)  # noqa: E731
-    u, balanced = rows(u), rows(balanced)
+    u, balanced = (values[:, inside].reshape(len(values), -1).astype(np.float64) for values in (ua, wind))
     series = [part.mean(1) for part in (u, balanced, u**2, balanced**2, u * balanced)]
     one = domain.window  # of the days that belong together
     table["geostrophic residual"] = metrics.interval(series, _residual, block=one)
