@@ -279,7 +279,7 @@ def solve(
         index, start, stop, rise = inputs
         if stochastic and key is not None:
             lifted = start * (1 + rise)
-            extra = noise_scale * jnp.sqrt(jnp.square(lifted) - jnp.square(start))
+            extra = noise_scale * start * jnp.sqrt(rise * (2 + rise))  # = sqrt(lifted^2 - start^2), which rounding can take below 0
             x, start = x + extra * jax.random.normal(jax.random.fold_in(key, index), x.shape), lifted
         return step(denoiser, x, start, stop, past), None
 

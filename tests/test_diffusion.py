@@ -39,8 +39,9 @@ def draws(sampler: Sampler, denoiser, count: int, shape: tuple[int, ...]):
         Sampler("heun", steps=64, churn=10.0),
         Sampler("dpmpp_2s", steps=64, churn=10.0),
         Sampler("midpoint", steps=64, churn=10.0),
+        Sampler("midpoint", steps=64, churn=10.0, churn_min=0.3, churn_max=50.0),
     ],
-    ids=lambda s: f"{s.name}-churn{s.churn:g}",
+    ids=lambda s: f"{s.name}-churn{s.churn:g}-{s.churn_min:g}",
 )
 def test_samples_of_a_gaussian_have_its_moments(sampler):
     count = 8000

@@ -1,6 +1,7 @@
 """Answers on disk: written some members at a time, with the same bytes for any number of them."""
 
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -40,6 +41,8 @@ def test_any_number_of_members_at_once_gives_the_same_files_and_answer(tmp_path,
     parts = files.write_zarr(part, MEMBERS, at_once, tmp_path / "parts.zarr")
     assert max(asked) <= at_once and sum(asked) == MEMBERS
     xr.testing.assert_identical(whole, answer(range(MEMBERS)))
+    with warnings.catch_warnings(action="error"), xr.open_zarr(tmp_path / "whole.zarr", chunks=None) as opened:  # as a user would
+        xr.testing.assert_identical(opened.load(), answer(range(MEMBERS)))
     xr.testing.assert_identical(parts, answer(range(MEMBERS)))
     of_whole, of_parts = (
         {path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()}

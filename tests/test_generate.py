@@ -231,6 +231,16 @@ def test_a_draw_that_is_not_finite_stops_and_leaves_nothing_of_its_block(tmp_pat
     assert [path.name for path in (tmp_path / "arrays/sample/x/c/0").iterdir()] == ["0"]
 
 
+def test_a_target_that_is_not_finite_is_found_behind_the_bounds_of_a_domain(tmp_path):
+    class Bounded(Toy):
+        def decode(self, statistics, target, condition):
+            return {"x": jnp.where(target[..., 0] > 0, target[..., 0], 0.0)}
+
+    holed = lambda params: types.SimpleNamespace(sample=lambda *args: jnp.full((*GRID, 1), jnp.nan).at[0].set(1.0))  # noqa: E731
+    with pytest.raises(FloatingPointError, match="x is not finite in draws 0-6:0-5"):
+        stream(tmp_path, drawer(domain=Bounded(), generator=holed), batch=64)
+
+
 def test_rules_are_reported_for_every_draw(tmp_path):
     class Strict(Toy):
         def check(self, sample, condition):

@@ -104,6 +104,18 @@ def test_unet_commutes_with_a_shift_along_periodic_axes_only():
     assert jnp.abs(call(net, wrong(x), level, wrong(fields), scalars) - wrong(out)).max() > 1e-2
 
 
+def test_unet_over_patches_works_at_full_resolution_and_commutes_with_a_shift_by_patches():
+    spec = Spec((10, 18), 1, 1, 0, (False, True))  # 10 rows are padded to 12
+    net = trained(UNet, spec, widths=(8,), embedding=16, patch=3, positions=0)
+    assert net.inward.kernel.shape == (3, 3, 2 * 3 * 3, 8)
+    x, level, fields, scalars = inputs(spec)
+    out = call(net, x, level, fields, scalars)
+    assert out.shape == x.shape and jnp.unique(out).size == x.size  # no two cells of a patch get the same
+    by_patch, by_cell = (partial(jnp.roll, shift=cells, axis=1) for cells in (3, 1))
+    np.testing.assert_allclose(call(net, by_patch(x), level, by_patch(fields), scalars), by_patch(out), atol=2e-5)
+    assert jnp.abs(call(net, by_cell(x), level, by_cell(fields), scalars) - by_cell(out)).max() > 1e-2
+
+
 @pytest.mark.slow
 def test_positions_break_the_shift_symmetry():
     spec = Spec((16,), 1, 0, 0, (True,))
@@ -199,6 +211,7 @@ def test_bfloat16_learns_what_float32_learns(name):
     "build",
     [
         lambda s: UNet(s, widths=(), rngs=nnx.Rngs(0)),
+        lambda s: UNet(s, patch=0, rngs=nnx.Rngs(0)),
         lambda s: UNet(s, padding="mirror", rngs=nnx.Rngs(0)),
         lambda s: DiT(s, width=10, heads=4, rngs=nnx.Rngs(0)),
         lambda s: DiT(s, patch=(2, 2, 2), rngs=nnx.Rngs(0)),

@@ -30,14 +30,12 @@ def test_a_state_in_balance_has_no_geostrophic_residual(surface_swing):
     zg, ta, ps, u = balanced(surface_swing)
     # centred differences over 2 degrees: relative error (2 deg)^2 / 6 * 4 of a sin^2, times u / std(u)
     assert physics.geostrophic_residual(zg, ta, ps, u, LAT) < 0.02
-    assert physics.geostrophic_correlation(zg, ta, ps, u, LAT) > 0.999
     np.testing.assert_allclose(physics.geostrophic_wind(zg, ta, ps, LAT)[10:35], u[10:35], rtol=5e-3)
 
 
 def test_broken_balance_is_found():
     zg, ta, ps, u = balanced()
     assert physics.geostrophic_residual(zg, ta, ps, -u, LAT) > 1.0
-    assert physics.geostrophic_correlation(zg, ta, ps, -u, LAT) < -0.999
     wrong_ps = ps * jnp.exp(jnp.asarray(0.05 * np.cos(PHI) ** 2, jnp.float32))
     assert physics.geostrophic_residual(zg, ta, wrong_ps, u, LAT) > 0.5
 

@@ -18,7 +18,7 @@ import xarray as xr
 import zarr
 
 from domains.climate import sources, truth
-from domains.climate.sources import Wanted, coarsened, day_of_year, inputs, open_cf, patches, within
+from domains.climate.sources import Heavy, Wanted, coarsened, day_of_year, inputs, open_cf, patches, within
 from twinsim import record
 from twinsim.base import BadInput
 
@@ -387,6 +387,25 @@ def test_patches_are_cut_from_the_north_west_and_are_wet():
         patches(made, "rain", size=4, stride=4, intensities=[1, 0])
     with pytest.raises(BadInput, match="none of 4 x 4 cells has more than 5% of its cells above 50"):
         patches(made, "rain", size=4, stride=4, wet_threshold=50)
+
+
+def test_turned_copies_are_cut_from_moved_grids():
+    rain = 1 + np.arange(20.0 * 24, dtype=np.float32).reshape(1, 20, 24)
+    made = xr.Dataset({"rain": (("time", "y", "x"), rain)}, {"time": xr.date_range("2001", periods=1)})
+    cut = patches(made, "rain", size=8, stride=8, symmetries=True, moved=3)
+    plain = patches(made, "rain", size=8, stride=8)
+    np.testing.assert_array_equal(cut["rain"].values[cut["symmetry"].values == 0], plain["rain"].values)
+    third = cut.isel(patch=cut["symmetry"].values == 2)  # half a turn, six cells from the corner
+    assert third["centre"].values.tolist() == [10 / 24, 18 / 24]
+    np.testing.assert_array_equal(third["rain"].values[0], rain[0, ::-1][6:14, 6:14][::-1][::-1, ::-1])
+    heavy = patches(made, "rain", size=8, stride=8, symmetries=True, moved=3, heavy=Heavy(above=400.0, block=4, times=2))
+    again = heavy.isel(patch=heavy["symmetry"].values >= 8)  # of the first eight, none is left out
+    assert heavy.sizes["patch"] - again.sizes["patch"] == cut.sizes["patch"] and again.sizes["patch"]
+    assert (again["rain"].values.reshape(-1, 2, 4, 2, 4).mean((2, 4)).max((1, 2)) >= 400).all()
+    with pytest.raises(BadInput, match="heavy: expected a block and times of at least 1, got 4 and 0"):
+        Heavy(above=1.0, block=4, times=0)
+    with pytest.raises(BadInput, match="moved: expected 0, or with symmetries a number of cells, got 3"):
+        patches(made, "rain", size=8, stride=8, moved=3)
 
 
 # ---------------------------------------------------------------- bad input

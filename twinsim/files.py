@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,8 @@ def write_zarr(part: Callable[[range], xr.Dataset], members: int, at_once: int, 
     for these in some[1:]:
         region = {"member": slice(these.start, these.stop)}
         part(these).drop_vars(whole.coords).to_zarr(path, region=region, zarr_format=3, consolidated=False)
+    with warnings.catch_warnings(action="ignore"):  # Zarr v3 does not name consolidated metadata yet, but xarray and zarr read it
+        zarr.consolidate_metadata(path)
     lazy = xr.open_dataset(path, engine="zarr", consolidated=False, chunks=None, cache=False, decode_timedelta=False)
     return whole.assign({name: lazy[name].assign_attrs(attrs[name]).variable for name in attrs}).drop_encoding()
 

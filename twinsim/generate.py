@@ -79,7 +79,9 @@ def make_sampler(
             def decode(target: Target) -> Sample:
                 return domain.decode(statistics, target, condition)
 
-            return decode(model.sample(fields, scalars, key, constrain(decode, condition) if constrain else ()))
+            target = model.sample(fields, scalars, key, constrain(decode, condition) if constrain else ())
+            finite = jnp.isfinite(target).all()  # a domain's bounds could make a plausible number of what is none
+            return {name: jnp.where(finite, values, jnp.nan) for name, values in decode(target).items()}
 
         def attempt(number: jax.Array) -> Drawn:
             own = jax.random.fold_in(key, number)
@@ -95,7 +97,7 @@ def make_sampler(
 
         def unmet(carry: tuple[jax.Array, Drawn]) -> Array:
             number, (_, broken) = carry
-            return (number < attempts) & (functools.reduce(jnp.maximum, broken.values()) > 0)
+            return (number < attempts) & ~(functools.reduce(jnp.maximum, broken.values()) <= 0)
 
         drawn = attempt(jnp.asarray(0))
         if misses is None or attempts == 1:

@@ -53,8 +53,20 @@ def interval(
     share = _block_counts(n, block, draws, seed) / n
     means = [(share @ part.reshape(n, -1)).reshape((draws,) + part.shape[1:]) for part in parts]
     drawn = np.array([apply(*[mean[d] for mean in means]) for d in range(draws)], np.float64)
-    low, high = np.nanpercentile(drawn, LEVEL) if np.isfinite(drawn).any() else (np.nan, np.nan)
-    return Score(value, ideal, units, float(low), float(high))
+    return Score(value, ideal, units, *around(value, drawn))
+
+
+def around(value: float, drawn: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of resampled values, laid around the `value` of the whole record; NaN where no value is finite.
+
+    A resample repeats samples, which adds a distance of its own to a statistic that is not linear: their mean lies beside the value, and
+    what it lies beside is taken off (Efron & Tibshirani 1993, "An Introduction to the Bootstrap", section 10.2). What is never negative
+    has no negative end.
+    """
+    if not np.isfinite(drawn).any():
+        return np.nan, np.nan
+    low, high = np.nanpercentile(drawn, LEVEL) - np.nanmean(drawn) + value
+    return float(max(low, 0.0) if np.nanmin(drawn) >= 0 else low), float(high)
 
 
 def block_rows(n: int, block: int, draws: int, seed: int) -> np.ndarray:
@@ -235,14 +247,6 @@ def exceedance(x: np.ndarray, threshold: float, weights: np.ndarray | float = 1.
     return _by_rows(lambda e, t: (e > threshold).mean(0, dtype=np.float64), x, x[0], weights)
 
 
-def lagged_correlation(x: np.ndarray, lag: int, axis: int = -1) -> np.ndarray:
-    """Correlation over samples between cells `lag` apart along a grid axis of `x` `[n, *grid]`, `[*grid less lag]`."""
-    size = x.shape[axis]
-    if not 0 < lag < size:
-        raise BadInput(f"lagged_correlation: expected a lag between 1 and {size - 1} cells, got {lag}")
-    return _products(_standardised(x), lag, axis).mean(0)
-
-
 def _products(z: np.ndarray, lag: int, axis: int) -> np.ndarray:
     """Products of cells `lag` apart along a grid axis, `[n, *grid less lag]`."""
     size = z.shape[axis]
@@ -315,9 +319,8 @@ def return_level_score(
         of_cell = return_level(maxima[rows], period)
         return float((of_cell * weight).sum()) if np.isfinite(of_cell).all() else np.nan
 
-    drawn = [level(rows) for rows in block_rows(len(maxima), 1, draws, seed)]
-    low, high = np.nanpercentile(drawn, LEVEL) if np.isfinite(drawn).any() else (np.nan, np.nan)
-    return Score(level(slice(None)), np.nan, units, float(low), float(high))
+    value, drawn = level(slice(None)), np.array([level(rows) for rows in block_rows(len(maxima), 1, draws, seed)])
+    return Score(value, np.nan, units, *around(value, drawn))
 
 
 # ---------------------------------------------------------------- memorisation
@@ -364,8 +367,7 @@ def distance_ratio(
         return Score(value, 1.0)
     drawn_a = np.median(a[block_rows(len(a), 1, draws, seed)], axis=1)
     drawn_b = np.median(b[block_rows(len(b), block, draws, seed + 1)], axis=1)
-    low, high = np.percentile(drawn_a / np.maximum(drawn_b, np.finfo(np.float64).tiny), LEVEL)
-    return Score(value, 1.0, "", float(low), float(high))
+    return Score(value, 1.0, "", *around(value, drawn_a / np.maximum(drawn_b, np.finfo(np.float64).tiny)))
 
 
 def exact_match_share(generated: np.ndarray, train: np.ndarray, tolerance: float = 1e-5) -> float:

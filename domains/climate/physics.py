@@ -53,13 +53,6 @@ def geostrophic_residual(zg: Array, ta: Array, ps: Array, ua: Array, lat: np.nda
     return jnp.sqrt(jnp.mean((u - balanced) ** 2)) / jnp.std(u)
 
 
-def geostrophic_correlation(zg: Array, ta: Array, ps: Array, ua: Array, lat: np.ndarray) -> Array:
-    """Correlation of u and u_g over 25-65 degrees of both hemispheres."""
-    u, balanced = _mid_latitudes(ua, zg, ta, ps, lat)
-    u, balanced = u - jnp.mean(u), balanced - jnp.mean(balanced)
-    return jnp.mean(u * balanced) / jnp.sqrt(jnp.mean(u**2) * jnp.mean(balanced**2))
-
-
 def mass_deviation(ps: Array, weights: np.ndarray, expected: Array | float) -> Array:
     """|global mean surface pressure - the expected one|, Pa: the mass of the atmosphere over g and the Earth's area."""
     return jnp.abs(global_mean(ps - expected, weights))  # the mean of a small difference, for float32

@@ -221,8 +221,7 @@ def _bootstrap_ratio(ensemble: np.ndarray, truth: np.ndarray, level: float, bloc
     few = ensemble[: max(1, min(len(ensemble), 4))]
     rows = metrics.block_rows(len(truth), block, draws, 0)
     drawn = [metrics.pooled_quantile_ratio(few[:, r], truth[r], level) for r in rows]
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return Score(value, 1.0, "", float(low), float(high))
+    return Score(value, 1.0, "", *metrics.around(value, np.array(drawn)))
 
 
 def _score_distribution(
@@ -244,7 +243,7 @@ def _score_distribution(
         table[f"{name}: {label}"] = _around(error, generated, reference, thin)
 
     def deviation(g: np.ndarray, r: np.ndarray) -> float:
-        return float((g.std(0) / (r.std(0) + 1e-9)).mean())
+        return float(np.sqrt(g.var(0).mean() / r.var(0).mean()))
 
     table[f"{name}: deviation ratio"] = _around(deviation, generated, reference, thin, ideal=1.0)
     table[f"{name}: spatial correlation error"] = metrics.spatial_correlation_error(generated, reference)
@@ -272,8 +271,7 @@ def _around(
     if len(few) < 3 * block:
         return Score(value, ideal, units)
     drawn = np.array([statistic(few[rows], of_truth) for rows in metrics.block_rows(len(few), block, draws, 0)])
-    low, high = np.percentile(drawn, (2.5, 97.5)) - drawn.mean()  # a resample repeats samples, which adds a distance of its own
-    return Score(value, ideal, units, value + float(low), value + float(high))
+    return Score(value, ideal, units, *metrics.around(value, drawn))
 
 
 def _score_return_level(domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, table: dict) -> None:

@@ -30,6 +30,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from domains.climate import grid
 from twinsim.base import BadInput
 
 GRAVITY = 9.80665  # m s-2, standard gravity (CGPM 1901)
@@ -880,6 +881,25 @@ def _is_time(values: np.ndarray) -> bool:
 # ---------------------------------------------------------------- patches
 
 
+@dataclass(frozen=True)
+class Heavy:
+    """Which patches are cut more often. As `block` means alone decide, what is learnt of a patch given these stays as it was.
+
+    Attributes:
+      above: the least that the highest mean of `block` x `block` cells has to reach, in the variable's units.
+      block: cells a side; it divides the patch.
+      times: how often all grids of the others are gone through for these, each time from where the last one ended.
+    """
+
+    above: float
+    block: int
+    times: int
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.times < 1:
+            raise BadInput(f"patches: heavy: expected a block and times of at least 1, got {self.block} and {self.times}")
+
+
 def patches(
     dataset: xr.Dataset,
     variable: str,
@@ -888,26 +908,33 @@ def patches(
     wet_threshold: float = 0.1,
     wet_fraction: float = 0.05,
     symmetries: bool = False,
+    moved: int = 0,
+    heavy: Heavy | None = None,
     intensities: Sequence[float] = (1.0,),
 ) -> xr.Dataset:
     """Wet square patches of radar frames, `[patch, y, x]`.
 
     Patches are cut from the north-western corner of each frame in steps of `stride`, frame by frame and row by row southward; one is
     kept if all its values are finite and more than `wet_fraction` of them exceed `wet_threshold` (in the variable's units). With
-    `symmetries` each comes eight times, turned and mirrored, for a quantity that knows no direction; and once for each of `intensities`,
-    multiplied by it, for a quantity whose pattern within a coarse cell does not depend on how much falls there: rain is near to that
-    (Schertzer & Lovejoy 1987, J. Geophys. Res. 92, 9693-9714), and a few storms alone do not tell it. To be trained on, not judged by.
+    `symmetries` they are cut eight times, then turned and mirrored, for a quantity that knows no direction: number n from a grid moved
+    by n * `moved` cells along both axes, so that storms lie differently in their patches and coarse cells. `heavy` patches, which are rare,
+    are cut from further grids still. And each comes once for each of `intensities`, multiplied by it, for a quantity whose pattern within a coarse cell does not depend on how much falls there: rain is near
+    to that (Schertzer & Lovejoy 1987, J. Geophys. Res. 92, 9693-9714), and a few storms alone do not tell it. To be trained on, not judged
+    by; moved patches reach up to `size / 2` cells across a border drawn at a `centre`.
 
     Returns:
       the variable on `(patch, y, x)` with the names of the horizontal dimensions, `y` and `x` being cell numbers, and on `patch` the
-      coordinates `frame_time`, `centre`, the column of the patch's centre as a fraction of the width, `symmetry`, 0 as it is, and
-      `intensity`, 1 as it is.
+      coordinates `frame_time`, `centre`, the column of the patch's centre as a fraction of the width, `symmetry`, the number of the
+      copy, 0 as it is, and `intensity`, 1 as it is.
 
     Raises:
-      BadInput: no such variable, an intensity that is not positive, frames smaller than a patch, or no wet patch.
+      BadInput: no such variable, an intensity that is not positive, a grid moved backwards or without symmetries, frames smaller than a
+        patch, or no wet patch.
     """
     if not intensities or min(intensities) <= 0:
         raise BadInput(f"patches: expected positive intensities, 1 for a patch as it is, got {list(intensities)}")
+    if moved < 0 or (moved and not symmetries):
+        raise BadInput(f"patches: moved: expected 0, or with symmetries a number of cells, got {moved}")
     if variable not in dataset:
         raise BadInput(f"patches: no variable {variable}; {_present(variable, dataset.data_vars)}")
     array = dataset[variable]
@@ -917,33 +944,31 @@ def patches(
         raise BadInput(
             f"patches: frames of {frames.shape[1:]} cells, expected at least {size} x {size} and a stride of at least 1, got {stride}"
         )
-    kept, centre, when = [], [], []
-    for frame in range(len(frames)):
-        for row in range(0, frames.shape[1] - size + 1, stride):
-            for column in range(0, frames.shape[2] - size + 1, stride):
-                patch = frames[frame, row : row + size, column : column + size]
-                if np.isfinite(patch).all() and (patch > wet_threshold).mean() > wet_fraction:
-                    kept.append(patch[::-1])
-                    centre.append((column + size / 2) / frames.shape[2])
-                    when.append(frame)
+    kept, symmetry, centre, when = [], [], [], []
+    turns = 8 if symmetries else 1
+    for copy in range(turns * (heavy.times if heavy else 1)):
+        offset, turn = copy * moved % stride, copy % turns
+        for frame, row, column in np.ndindex(len(frames), *((n - size - offset) // stride + 1 for n in frames.shape[1:])):
+            top, left = offset + row * stride, offset + column * stride
+            patch = frames[frame, top : top + size, left : left + size]
+            wet = np.isfinite(patch).all() and (patch > wet_threshold).mean() > wet_fraction
+            if wet and (copy < turns or (heavy and grid.coarsen(patch, heavy.block).max() >= heavy.above)):
+                turned = np.rot90(patch[::-1], turn % 4)
+                kept.append(turned[:, ::-1] if turn >= 4 else turned)
+                symmetry.append(copy)
+                centre.append((left + size / 2) / frames.shape[2])
+                when.append(frame)
     if not kept:
         rule = f"more than {wet_fraction:.0%} of its cells above {wet_threshold} {array.attrs.get('units', '')}"
         raise BadInput(f"patches: none of {size} x {size} cells has {rule}, expected at least one")
     attrs = {key: value for key, value in array.attrs.items() if key != "grid_mapping"}
-    values = np.stack(kept).astype(np.float32)
-    turns = 8 if symmetries else 1
-    if symmetries:
-        turned = [np.rot90(values, quarter, (1, 2)) for quarter in range(4)]
-        values = np.concatenate([*turned, *(each[:, :, ::-1] for each in turned)])
+    values, scales = np.stack(kept).astype(np.float32), len(intensities)
     values = np.concatenate([values * np.float32(factor) for factor in intensities])
-    scales = len(intensities)
-    symmetry = np.tile(np.repeat(np.arange(turns), len(kept)), scales)
-    intensity = np.repeat(np.asarray(intensities, float), turns * len(kept))
     coords = {
-        "symmetry": ("patch", symmetry, {"long_name": "quarter turns, and 4 more where mirrored"}),
-        "intensity": ("patch", intensity, {"long_name": "what the rain is multiplied by"}),
-        "centre": ("patch", np.tile(centre, turns * scales), {"long_name": "column of the centre as a fraction of the width"}),
-        "frame_time": ("patch", np.tile(dataset["time"].values[when], turns * scales)),
+        "symmetry": ("patch", np.tile(symmetry, scales), {"long_name": "number of the copy: quarter turns, and 4 more where mirrored, modulo 8"}),
+        "intensity": ("patch", np.repeat(np.asarray(intensities, float), len(kept)), {"long_name": "what the rain is multiplied by"}),
+        "centre": ("patch", np.tile(centre, scales), {"long_name": "column of the centre as a fraction of the width"}),
+        "frame_time": ("patch", np.tile(dataset["time"].values[when], scales)),
         y: np.arange(size),
         x: np.arange(size),
     }
