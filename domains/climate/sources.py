@@ -918,7 +918,8 @@ def patches(
     kept if all its values are finite and more than `wet_fraction` of them exceed `wet_threshold` (in the variable's units). With
     `symmetries` they are cut eight times, then turned and mirrored, for a quantity that knows no direction: number n from a grid moved
     by n * `moved` cells along both axes, so that storms lie differently in their patches and coarse cells. `heavy` patches, which are rare,
-    are cut from further grids still. And each comes once for each of `intensities`, multiplied by it, for a quantity whose pattern within a coarse cell does not depend on how much falls there: rain is near
+    are cut from further grids still. And each comes once for each of `intensities`,
+    multiplied by it, for a quantity whose pattern within a coarse cell does not depend on how much falls there: rain is near
     to that (Schertzer & Lovejoy 1987, J. Geophys. Res. 92, 9693-9714), and a few storms alone do not tell it. To be trained on, not judged
     by; moved patches reach up to `size / 2` cells across a border drawn at a `centre`.
 
@@ -965,7 +966,7 @@ def patches(
     values, scales = np.stack(kept).astype(np.float32), len(intensities)
     values = np.concatenate([values * np.float32(factor) for factor in intensities])
     coords = {
-        "symmetry": ("patch", np.tile(symmetry, scales), {"long_name": "number of the copy: quarter turns, and 4 more where mirrored, modulo 8"}),
+        "symmetry": ("patch", np.tile(symmetry, scales), {"long_name": "number of the copy; modulo 8, quarter turns, from 4 on mirrored"}),
         "intensity": ("patch", np.repeat(np.asarray(intensities, float), len(kept)), {"long_name": "what the rain is multiplied by"}),
         "centre": ("patch", np.tile(centre, scales), {"long_name": "column of the centre as a fraction of the width"}),
         "frame_time": ("patch", np.tile(dataset["time"].values[when], scales)),
