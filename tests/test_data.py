@@ -1,6 +1,10 @@
 """Which examples a batch holds, and that they come back from disk as they went there, or not at all."""
 
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -226,3 +230,38 @@ def test_error_of_the_reader_surfaces(folder):
     with pytest.raises(BadInput, match="target of example"):
         next(stream)
     assert not any(thread.name == "batches" for thread in threading.enumerate())
+
+
+# ---------------------------------------------------------------- killed
+
+WRITER = """
+import sys, time
+sys.path[:0] = {paths!r}
+import test_data as t
+
+def slowly():
+    for block in t.blocks(t.examples(), range(1, t.SIZE)):
+        time.sleep(0.02)
+        yield block
+
+print("begun", flush=True)
+t.data.write_examples(t.Path(sys.argv[1]), slowly(), t.SPEC, t.SIZE, {{"source": "a test"}}, file_bytes=5 * 4 * 72)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_of_writing_it_leaves_nothing_or_all_and_is_made_again_with_the_same_bytes(folder, tmp_path):
+    script, target = WRITER.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])]), tmp_path / "killed"
+    traces = []
+    for moment in np.random.default_rng(0).uniform(0, 0.5, 4):  # of the half a second that writing takes
+        with subprocess.Popen([sys.executable, "-c", script, str(target)], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "begun\n"
+            time.sleep(moment)
+            process.kill()
+        traces.append(target.with_name("killed.tmp").exists())
+        assert not target.exists() or data.ExampleStore(target)
+    assert any(traces)  # the test would say nothing otherwise
+    if not target.exists():
+        assert subprocess.run([sys.executable, "-c", script, str(target)], check=False, stdout=subprocess.DEVNULL).returncode == 0
+    written = [{path.relative_to(where): path.read_bytes() for path in where.rglob("*") if path.is_file()} for where in (folder, target)]
+    assert written[0] == written[1] and not target.with_name("killed.tmp").exists()

@@ -155,6 +155,7 @@ def test_plan_of_a_configuration(made):
     assert found.devices == 8 and found.mesh == {"data": 2, "fsdp": 4, "model": 1} and (found.batch, found.rows_per_device) == (8, 1)
     assert found.storage["examples"] == 4 * 365 * (8 + 2)  # days of a year, components and the season
     assert found.storage["samples"] == 3 * 4 * 3 * 10 * 8 * 12 * 2  # as draws, data set and netCDF; members, days, cells, variables
+    assert found.storage["held-out draws"] == 2 * 4 * 4 * 24 * 8 * 12 * 2  # for test and memory; members, days, cells, variables
     assert found.storage["checkpoints"] == pytest.approx(3 * 20 * found.parameters, rel=0.01)  # 5 copies of float32, 2 kept and a new one
     low, high = found.training_s
     assert (low, high) == pytest.approx([each * found.steps for each in found.step_s]) and low < high

@@ -138,7 +138,7 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
     mesh = meshes.abstract_mesh(scale.mesh, devices)
     meshes.check_batch(mesh, settings.batch)
     meshes.check_batch(mesh, settings.batch // settings.microbatches)
-    spec, examples, samples = _shapes(config, progress)
+    spec, examples, draws = _shapes(config, progress)
     with progress("count operations"):
         seed, asked = config["seed"], run.computing(config)
         module = Module(lambda: build(config["generator"], "generator", spec=spec, rngs=nnx.Rngs(seed), **asked))
@@ -162,7 +162,7 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
         "checkpoints": _bytes(state) * (settings.keep + 1),  # one more while the next is written
         "statistics": _held_on_disk(run.places(config).statistics),
         "examples": None if examples is None else examples * 4 * _numbers(spec),
-        "samples": samples,
+        **draws,
     }
     return Plan(
         model=run.places(config).model.name,
@@ -191,13 +191,14 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
 # ---------------------------------------------------------------- shapes
 
 
-def _shapes(config: Mapping[str, Any], progress: run.Progress) -> tuple[Spec, int | None, int | None]:
-    """The shape of an example, how many there are, and the bytes of the scenario's answer; None where it is not known."""
+def _shapes(config: Mapping[str, Any], progress: run.Progress) -> tuple[Spec, int | None, dict[str, int | None]]:
+    """The shape of an example, how many there are, and what draws take on disk, in bytes; None where it is not known."""
     where = run.places(config)
     store = ExampleStore(where.examples) if (where.examples / "manifest.json").exists() else None
     made = run.makes_data(config)
+    unknown = dict.fromkeys(("samples", "held-out draws"))
     if store is not None and made:
-        return store.spec, len(store), None
+        return store.spec, len(store), unknown
     if made:
         raise BadInput(
             f"plan: the data are not there yet, and {made[0]} would take long to make them: `twinsim data` first, with the same words"
@@ -208,11 +209,11 @@ def _shapes(config: Mapping[str, Any], progress: run.Progress) -> tuple[Spec, in
     except BadInput:
         if store is None:
             raise
-        return store.spec, len(store), None  # the examples are there, their source is not
-    samples = _answer_bytes(config, domain)
+        return store.spec, len(store), unknown  # the examples are there, their source is not
+    draws = {"samples": _answer_bytes(config, domain), "held-out draws": _exam_bytes(config, domain)}
     if store is not None:
-        return store.spec, len(store), samples
-    return domain.spec(), len(domain.source("train")), samples
+        return store.spec, len(store), draws
+    return domain.spec(), len(domain.source("train")), draws
 
 
 def _held_on_disk(folder: Path) -> int | None:
@@ -227,6 +228,12 @@ def _answer_bytes(config: Mapping[str, Any], domain: Domain) -> int | None:
     asked = run.read_scenario(config)
     question = domain.ask(asked.scenario, asked.path.parent)
     return run.answer_bytes(domain, question)
+
+
+def _exam_bytes(config: Mapping[str, Any], domain: Domain) -> int | None:
+    """The most that an evaluation keeps until it is done: draws for the test, and no more to tell what is remembered."""
+    members, most = (config["evaluate"].get(name) for name in ("members", "most"))
+    return 2 * 4 * members * most * math.prod(domain.shape) * len(domain.sample) if members and most else None
 
 
 def _numbers(spec: Spec) -> int:
