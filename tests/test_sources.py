@@ -379,12 +379,6 @@ def test_patches_are_cut_from_the_north_west_and_are_wet():
         xr.Dataset({"rain": (("time", "y", "x"), marked)}, {"time": xr.date_range("2001", periods=1)}), "rain", 4, 4, symmetries=True
     )
     assert len(np.unique(turned["rain"].values.reshape(8, -1), axis=0)) == 8  # the eight symmetries of a square
-    stronger = patches(made, "rain", size=4, stride=4, symmetries=True, intensities=[1, 3])
-    chosen = stronger.isel(patch=(stronger["symmetry"] == 0) & (stronger["intensity"] == 3))
-    np.testing.assert_array_equal(chosen["rain"].values, 3 * result["rain"].values)
-    assert chosen["centre"].values.tolist() == [2 / 12, 6 / 12] and stronger.sizes["patch"] == 2 * 8 * 2
-    with pytest.raises(BadInput, match="expected positive intensities"):
-        patches(made, "rain", size=4, stride=4, intensities=[1, 0])
     with pytest.raises(BadInput, match="none of 4 x 4 cells has more than 5% of its cells above 50"):
         patches(made, "rain", size=4, stride=4, wet_threshold=50)
 

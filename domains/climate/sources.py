@@ -910,7 +910,6 @@ def patches(
     symmetries: bool = False,
     moved: int = 0,
     heavy: Heavy | None = None,
-    intensities: Sequence[float] = (1.0,),
 ) -> xr.Dataset:
     """Wet square patches of radar frames, `[patch, y, x]`.
 
@@ -918,22 +917,17 @@ def patches(
     kept if all its values are finite and more than `wet_fraction` of them exceed `wet_threshold` (in the variable's units). With
     `symmetries` they are cut eight times, then turned and mirrored, for a quantity that knows no direction: number n from a grid moved
     by n * `moved` cells along both axes, so that storms lie differently in their patches and coarse cells. `heavy` patches, which are rare,
-    are cut from further grids still. And each comes once for each of `intensities`,
-    multiplied by it, for a quantity whose pattern within a coarse cell does not depend on how much falls there: rain is near
-    to that (Schertzer & Lovejoy 1987, J. Geophys. Res. 92, 9693-9714), and a few storms alone do not tell it. To be trained on, not judged
-    by; moved patches reach up to `size / 2` cells across a border drawn at a `centre`.
+    are cut from further grids still. To be trained on, not judged by; moved patches reach up to `size / 2` cells across a border drawn at a
+    `centre`.
 
     Returns:
       the variable on `(patch, y, x)` with the names of the horizontal dimensions, `y` and `x` being cell numbers, and on `patch` the
-      coordinates `frame_time`, `centre`, the column of the patch's centre as a fraction of the width, `symmetry`, the number of the
-      copy, 0 as it is, and `intensity`, 1 as it is.
+      coordinates `frame_time`, `centre`, the column of the patch's centre as a fraction of the width, and `symmetry`, the number of the
+      copy, 0 as it is.
 
     Raises:
-      BadInput: no such variable, an intensity that is not positive, a grid moved backwards or without symmetries, frames smaller than a
-        patch, or no wet patch.
+      BadInput: no such variable, a grid moved backwards or without symmetries, frames smaller than a patch, or no wet patch.
     """
-    if not intensities or min(intensities) <= 0:
-        raise BadInput(f"patches: expected positive intensities, 1 for a patch as it is, got {list(intensities)}")
     if moved < 0 or (moved and not symmetries):
         raise BadInput(f"patches: moved: expected 0, or with symmetries a number of cells, got {moved}")
     if variable not in dataset:
@@ -963,13 +957,11 @@ def patches(
         rule = f"more than {wet_fraction:.0%} of its cells above {wet_threshold} {array.attrs.get('units', '')}"
         raise BadInput(f"patches: none of {size} x {size} cells has {rule}, expected at least one")
     attrs = {key: value for key, value in array.attrs.items() if key != "grid_mapping"}
-    values, scales = np.stack(kept).astype(np.float32), len(intensities)
-    values = np.concatenate([values * np.float32(factor) for factor in intensities])
+    values = np.stack(kept).astype(np.float32)
     coords = {
-        "symmetry": ("patch", np.tile(symmetry, scales), {"long_name": "number of the copy; modulo 8, quarter turns, from 4 on mirrored"}),
-        "intensity": ("patch", np.repeat(np.asarray(intensities, float), len(kept)), {"long_name": "what the rain is multiplied by"}),
-        "centre": ("patch", np.tile(centre, scales), {"long_name": "column of the centre as a fraction of the width"}),
-        "frame_time": ("patch", np.tile(dataset["time"].values[when], scales)),
+        "symmetry": ("patch", symmetry, {"long_name": "number of the copy; modulo 8, quarter turns, from 4 on mirrored"}),
+        "centre": ("patch", centre, {"long_name": "column of the centre as a fraction of the width"}),
+        "frame_time": ("patch", dataset["time"].values[when]),
         y: np.arange(size),
         x: np.arange(size),
     }
