@@ -104,7 +104,7 @@ def main() -> int:
         print("\n".join(table(task, measured)), flush=True)
         keep("climate", task, measured)
     if given.readme:
-        write_readme("results", ["", *(line for task, measured in read("climate").items() for line in table(task, measured)), "", ""])
+        write_readme("results", [*(line for task, measured in read("climate").items() for line in table(task, measured)), ""])
     return 0
 
 

@@ -52,8 +52,9 @@ class UNet(nnx.Module):
       widths: channels of each level, finest first; each next level has half the resolution (rounded up).
       blocks: residual blocks a level, on the way down and on the way up.
       embedding: width of the embedding of noise level and scalars.
-      patch: cells a side of the patches that the net sees as one cell of its finest level (Hoogeboom et al. 2023, "simple diffusion",
-        section 3.2): the widest grids are then the cheapest part; a grid that it does not divide is padded and cut again.
+      patch: cells a side, one number or one an axis, of the patches that the net sees as one cell of its finest level (Hoogeboom et al.
+        2023, "simple diffusion", section 3.2): the widest grids are then the cheapest part; a grid that it does not divide is padded and
+        cut again.
       positions: channels of a learned embedding of each cell of the finest level; 0 keeps the net blind to where it is.
       attention: self-attention among the cells of the coarsest level.
       padding: what lies beyond the edge of an axis that is not periodic.
@@ -72,7 +73,7 @@ class UNet(nnx.Module):
         widths: Sequence[int] = (32, 64, 96),
         blocks: int = 1,
         embedding: int = 128,
-        patch: int = 1,
+        patch: int | Sequence[int] = 1,
         positions: int = 0,
         attention: bool = False,
         padding: Padding = "zero",
@@ -83,15 +84,14 @@ class UNet(nnx.Module):
         check_grid(spec)
         if not widths or min(widths) < 1 or blocks < 1:
             raise BadInput(f"UNet: expected positive widths and at least one block a level, got widths={widths}, blocks={blocks}")
-        if patch < 1:
-            raise BadInput(f"UNet: expected a positive patch size, got {patch}")
         if padding not in ("zero", "edge"):
             raise BadInput(f"UNet: padding must be 'zero' or 'edge', got {padding!r}")
         dtype = jnp.dtype(dtype)
         shared = {"periodic": tuple(spec.periodic), "padding": padding, "dtype": dtype, "rngs": rngs}
         block = {"embedding": embedding, "dropout": dropout, **shared}
-        self.patch, self.periodic, self.dtype, self.remat = (patch,) * len(spec.grid), tuple(spec.periodic), dtype, remat
-        finest, cells = tuple(-(-size // patch) for size in spec.grid), math.prod(self.patch)
+        self.patch, finest = patching("UNet", patch, spec.grid)
+        self.periodic, self.dtype, self.remat = tuple(spec.periodic), dtype, remat
+        cells = math.prod(self.patch)
         self.positions = nnx.Param(0.1 * jax.random.normal(rngs.params(), (*finest, positions))) if positions else None
         self.embed = Embedding(spec.scalars, embedding, rngs=rngs)
         self.inward = Conv(cells * (spec.channels + spec.fields) + positions, widths[0], **shared)
@@ -257,10 +257,7 @@ class DiT(nnx.Module):
         remat: bool = False,
     ):
         check_grid(spec)
-        rank = len(spec.grid)
-        self.patch = (patch,) * rank if isinstance(patch, int) else tuple(patch)
-        if len(self.patch) != rank or min(self.patch) < 1:
-            raise BadInput(f"DiT: expected one positive patch size, or one for each of {rank} axes, got {patch}")
+        self.patch, tokens = patching("DiT", patch, spec.grid)
         if width % heads or depth < 1:
             raise BadInput(f"DiT: width must be a multiple of heads and depth at least 1, got width={width}, heads={heads}, depth={depth}")
         if positions not in ("learned", "sinusoids"):
@@ -268,7 +265,6 @@ class DiT(nnx.Module):
         dtype = jnp.dtype(dtype)
         cells = math.prod(self.patch)
         self.periodic, self.dtype, self.remat, self.width = tuple(spec.periodic), dtype, remat, width
-        tokens = tuple(-(-size // p) for size, p in zip(spec.grid, self.patch, strict=True))
         self.positions = nnx.Param(sinusoids(tokens, self.periodic, width)) if positions == "learned" else None
         self.embed = Embedding(spec.scalars, embedding, rngs=rngs)
         self.inward = Linear(cells * (spec.channels + spec.fields), width, dtype=dtype, rngs=rngs)
@@ -550,6 +546,14 @@ def layer_norm(x: Array, scale: Array, shift: Array) -> Array:
     return (h * along_channels(1 + scale, h) + along_channels(shift, h)).astype(x.dtype)
 
 
+def patching(name: str, patch: int | Sequence[int], grid: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cells of a patch along each axis, and how many patches cover `grid`. Raises BadInput, which calls the backbone by its `name`."""
+    sizes = (patch,) * len(grid) if isinstance(patch, int) else tuple(patch)
+    if len(sizes) != len(grid) or min(sizes) < 1:
+        raise BadInput(f"{name}: expected one positive patch size, or one for each of {len(grid)} axes, got {patch}")
+    return sizes, tuple(-(-size // p) for size, p in zip(grid, sizes, strict=True))
+
+
 def to_patches(x: Array, patch: tuple[int, ...], periodic: tuple[bool, ...]) -> tuple[Array, tuple[int, ...]]:
     """Patches of a grid as tokens, `[token, cell * channel]`, and how many lie along each axis."""
     for axis, p in enumerate(patch):
@@ -558,8 +562,6 @@ def to_patches(x: Array, patch: tuple[int, ...], periodic: tuple[bool, ...]) -> 
             x = jnp.pad(x, [(0, lack) if a == axis else (0, 0) for a in range(x.ndim)], "wrap" if periodic[axis] else "edge")
     rank = len(patch)
     tokens = tuple(size // p for size, p in zip(x.shape, patch, strict=False))
-    if max(patch) == 1:
-        return x.reshape(-1, x.shape[-1]), tokens
     x = x.reshape(*(n for pair in zip(tokens, patch, strict=True) for n in pair), x.shape[-1])
     x = x.transpose(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2), 2 * rank)
     return x.reshape(math.prod(tokens), -1), tokens
@@ -567,8 +569,6 @@ def to_patches(x: Array, patch: tuple[int, ...], periodic: tuple[bool, ...]) -> 
 
 def from_patches(x: Array, patch: tuple[int, ...], tokens: tuple[int, ...], shape: tuple[int, ...]) -> Array:
     """The grid of `shape` that patches came from."""
-    if max(patch) == 1:
-        return x.reshape(shape)
     rank = len(patch)
     x = x.reshape(*tokens, *patch, -1).transpose(
         *(a for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for a in pair), 2 * rank

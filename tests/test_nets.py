@@ -252,4 +252,4 @@ def check_bilinear(ours, theirs, x, kernel):
         pairs = jax.vmap(lambda x: times(x, kernel * x.mean()))(x)  # a kernel of its own for each sample
         return together, alone, pairs
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), gradients(ours), gradients(theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients(ours), gradients(theirs))

@@ -97,7 +97,7 @@ def make_sampler(
 
         def unmet(carry: tuple[jax.Array, Drawn]) -> Array:
             number, (_, broken) = carry
-            return (number < attempts) & ~(functools.reduce(jnp.maximum, broken.values()) <= 0)
+            return (number < attempts) & ~(functools.reduce(jnp.maximum, broken.values()) <= 0)  # NaN is no rule kept
 
         drawn = attempt(jnp.asarray(0))
         if misses is None or attempts == 1:

@@ -138,7 +138,7 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
     mesh = meshes.abstract_mesh(scale.mesh, devices)
     meshes.check_batch(mesh, settings.batch)
     meshes.check_batch(mesh, settings.batch // settings.microbatches)
-    spec, examples, draws = _shapes(config, progress)
+    spec, examples, domain = _shapes(config, progress)
     with progress("count operations"):
         seed, asked = config["seed"], run.computing(config)
         module = Module(lambda: build(config["generator"], "generator", spec=spec, rngs=nnx.Rngs(seed), **asked))
@@ -162,7 +162,8 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
         "checkpoints": _bytes(state) * (settings.keep + 1),  # one more while the next is written
         "statistics": _held_on_disk(run.places(config).statistics),
         "examples": None if examples is None else examples * 4 * _numbers(spec),
-        **draws,
+        "samples": _answer_bytes(config, domain) if domain else None,
+        "held-out draws": _exam_bytes(config, domain) if domain else None,
     }
     return Plan(
         model=run.places(config).model.name,
@@ -191,14 +192,13 @@ def plan(config: Mapping[str, Any], progress: run.Progress) -> Plan:
 # ---------------------------------------------------------------- shapes
 
 
-def _shapes(config: Mapping[str, Any], progress: run.Progress) -> tuple[Spec, int | None, dict[str, int | None]]:
-    """The shape of an example, how many there are, and what draws take on disk, in bytes; None where it is not known."""
+def _shapes(config: Mapping[str, Any], progress: run.Progress) -> tuple[Spec, int | None, Domain | None]:
+    """The shape of an example, how many there are, and the domain; None where it is not known or would first have to make its data."""
     where = run.places(config)
     store = ExampleStore(where.examples) if (where.examples / "manifest.json").exists() else None
     made = run.makes_data(config)
-    unknown = dict.fromkeys(("samples", "held-out draws"))
     if store is not None and made:
-        return store.spec, len(store), unknown
+        return store.spec, len(store), None
     if made:
         raise BadInput(
             f"plan: the data are not there yet, and {made[0]} would take long to make them: `twinsim data` first, with the same words"
@@ -209,11 +209,10 @@ def _shapes(config: Mapping[str, Any], progress: run.Progress) -> tuple[Spec, in
     except BadInput:
         if store is None:
             raise
-        return store.spec, len(store), unknown  # the examples are there, their source is not
-    draws = {"samples": _answer_bytes(config, domain), "held-out draws": _exam_bytes(config, domain)}
+        return store.spec, len(store), None  # the examples are there, their source is not
     if store is not None:
-        return store.spec, len(store), draws
-    return domain.spec(), len(domain.source("train")), draws
+        return store.spec, len(store), domain
+    return domain.spec(), len(domain.source("train")), domain
 
 
 def _held_on_disk(folder: Path) -> int | None:
