@@ -324,6 +324,21 @@ def test_a_link_out_of_the_folder_is_not_followed(capsys, here, tmp_path_factory
     assert "secret.nc" not in refused(capsys, "run", *words(here), says="outside of it")
 
 
+@pytest.mark.parametrize("kind", ["link", "device"])
+def test_what_is_no_file_in_a_store_beside_a_scenario_is_refused(capsys, here, kind):
+    store = here / "coarse.zarr" / "tas"
+    store.mkdir(parents=True)
+    store.joinpath("0").symlink_to("/etc/passwd") if kind == "link" else os.mkfifo(store / "0")
+    toy.write_scenario(here, background="{file: coarse.zarr}")
+    refused(capsys, "run", *words(here), says="coarse.zarr/tas/0: expected a plain file, got a link or a device")
+
+
+def test_a_file_beside_a_scenario_leaves_its_name_to_the_scenario(capsys, here):
+    (here / "scenario.yaml").write_text("x")
+    toy.write_scenario(here, background="{file: scenario.yaml}")
+    refused(capsys, "run", *words(here), says="scenario.yaml: expected another name")
+
+
 # ---------------------------------------------------------------- configuration
 
 

@@ -328,6 +328,17 @@ def test_the_command_writes_the_fit(files: Path, capsys: pytest.CaptureFixture) 
     assert code == 2 and "expected the name of a new folder as out=" in error
 
 
+def test_a_fit_has_nothing_of_one_that_was_killed(files: Path, capsys: pytest.CaptureFixture) -> None:
+    left = files / "fitted.partial"
+    left.mkdir()
+    (left / "trips_of_another_fit.csv").write_text("1")
+    (files / "city").mkdir()  # the name of the choice is no path
+    (files / "fit.yaml").write_text("calibrate: city\nnetwork: net\ncounts: counts.csv\nfolds: 0\n")
+    code, _, error = call(capsys, str(files / "fit.yaml"), f"out={files / 'fitted'}")
+    assert code == 0, error
+    assert not list(files.rglob("trips_of_another_fit.csv")) and (files / "fitted" / "fit.json").exists()
+
+
 def test_the_command_takes_a_yaml_file(files: Path, capsys: pytest.CaptureFixture) -> None:
     (files / "mine.yaml").write_text("calibrate: city\nnetwork: net\ncounts: counts.csv\nspread:\n  pair: 0.1\nfolds: 0\n")
     code, said, _ = call(capsys, str(files / "mine.yaml"), f"out={files / 'x'}", "spread.way=0.05")
@@ -358,4 +369,4 @@ def test_the_command_answers_mistakes_and_leaves_nothing(files: Path, capsys: py
     before = sorted(files.iterdir())
     code, _, error = call(capsys, *given, *([f"out={files / 'out'}"] if words and words[0] == "city" else []))
     assert code == 2 and says in error and error.count("\n") == 1
-    assert sorted(files.iterdir()) == before
+    assert sorted(path for path in files.iterdir() if path.name != ".out.lock") == before

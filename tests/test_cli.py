@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import toy
 import yaml
 
-from twinsim import cli, doctor, run, train
+from twinsim import cli, doctor, record, run, train
 from twinsim.base import BadInput
 from twinsim.mesh import Preempted
 
@@ -91,6 +92,8 @@ def test_scenarios_are_listed(capsys):
         (["verify"], "expected the folder of one run, got nothing"),
         (["verify", "nowhere"], "found no folder there"),
         (["reproduce", ".", "tolerance=much"], "tolerance=much: expected a number"),
+        (["reproduce", ".", "tolerance=nan"], "tolerance=nan: expected a number"),
+        (["plan", "--cfg"], "unknown option --cfg; options are --json, --help"),
         (["train", "-m", "domain=climate/generate", "sed=0,1"], "did you mean seed?"),
     ],
 )
@@ -110,6 +113,12 @@ def test_cfg_prints_the_resolved_configuration_and_stops(capsys, monkeypatch):
     config = yaml.safe_load(out)
     assert code == 0 and config["seed"] == 7 and config["set"] == {"members": 3}
     assert config["scenario"] == "climate/heatwave" and "${" not in out
+
+
+def test_cfg_of_a_sweep_prints_every_job_and_runs_none(capsys, monkeypatch):
+    monkeypatch.setattr(run, "training", lambda *_: pytest.fail("ran"))
+    code, out, _ = call(capsys, "train", "-m", "--cfg", "domain=climate/generate", "seed=0,1")
+    assert code == 0 and [config["seed"] for config in yaml.safe_load_all(out)] == [0, 1]
 
 
 def test_a_scenario_brings_its_domain(capsys):
@@ -234,3 +243,7 @@ def test_the_toy_runs_where_there_is_no_network(tmp_path):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from twinsim import cli; sys.exit(cli.main(sys.argv[1:]))"
     done = subprocess.run([*alone, sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    (folder,) = (path for path in (tmp_path / "out/runs").iterdir() if path.is_dir())
+    graph = {entity["@id"]: entity for entity in json.loads((folder / record.RECORD).read_text())["@graph"]}
+    assert graph["#run"]["description"] == shlex.join(["twinsim", *words]) and graph["#seed"]["value"] == 0
+    assert graph["#draw-seed"]["value"] == 5

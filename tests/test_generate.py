@@ -149,6 +149,16 @@ def test_goes_on_with_another_batch(expected, tmp_path):
     np.testing.assert_array_equal(stream(tmp_path, drawer(), batch=3)[0], expected)
 
 
+def test_processes_do_not_share_the_chunks_of_another_batch(tmp_path, monkeypatch):
+    stream(tmp_path, drawer(), batch=8)
+    monkeypatch.setattr(mesh, "processes", lambda: 2)
+    told, (first, *_) = [], generate.blocks(6, ITEMS, 8)
+    assert len(generate._done_before(tmp_path, "one", first, told.append)) == 6 and not told
+    smaller = next(generate.blocks(6, ITEMS, 3))
+    assert generate._done_before(tmp_path, "one", smaller, told.append) == set()
+    assert "another generate.batch" in told[0] and not tmp_path.exists()
+
+
 def test_another_identity_starts_over(expected, tmp_path):
     stream(tmp_path, drawer(seed=2), identity="other")
     again = counting(drawer())
@@ -229,6 +239,26 @@ def test_a_draw_that_is_not_finite_stops_and_leaves_nothing_of_its_block(tmp_pat
     lines = (tmp_path / generate.journal_name(0)).read_text().splitlines()
     assert lines[1:] == ['{"block": "0-1:0-3"}']
     assert [path.name for path in (tmp_path / "arrays/sample/x/c/0").iterdir()] == ["0"]
+
+
+def test_a_simulation_has_chances_of_its_own(tmp_path):
+    class Noisy(Toy):
+        def simulate(self, sample, condition, key):
+            one, two = jax.random.split(key)
+            return {"x": jnp.stack([jax.random.normal(each, GRID) for each in (key, one, two)])}
+
+    class Plain(Mixer):
+        def sample(self, fields, scalars, key, constraints=()):
+            return jax.random.normal(key, (*GRID, 1))
+
+    class Silent(Noisy):
+        def simulate(self, sample, condition, key):
+            return {"x": jnp.stack([sample["x"]] * 3)}
+
+    noisy = stream(tmp_path / "noisy", drawer(domain=Noisy(), generator=Plain))[0]
+    plain = stream(tmp_path / "plain", drawer(domain=Silent(), generator=Plain))[0][:, :, 0]
+    own = (plain - CONDITION["level"][:, None, None]) / STATISTICS["scale"]
+    assert all(abs(np.corrcoef(noisy[:, :, which].ravel(), own.ravel())[0, 1]) < 0.15 for which in range(3))  # of 900 values: 0.03
 
 
 def test_a_target_that_is_not_finite_is_found_behind_the_bounds_of_a_domain(tmp_path):

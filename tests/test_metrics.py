@@ -130,9 +130,21 @@ def test_interval_of_a_distance_holds_its_value():
     x, y = np.random.default_rng(0).exponential(size=(2, 60, 40))
     score = metrics.interval([x, y], lambda a, b: float(np.sqrt(np.mean((10 * np.log10(a / b)) ** 2))), block=1)
     assert 0 <= score.low < score.value < score.high
-    low, high = metrics.around(0.1, np.array([0.2, 0.3, 0.7]))
+    low, high = metrics.around(0.1, np.array([0.2, 0.3, 0.7]), 1e9)
     assert low == 0.0 and high == pytest.approx(0.1 + 0.68 - 0.4)
-    assert np.isnan(metrics.around(0.1, np.full(3, np.nan))).all()
+    assert np.isnan(metrics.around(0.1, np.full(3, np.nan), 9)).all() and np.isnan(metrics.around(0.1, np.arange(3.0), 1)).all()
+
+
+@pytest.mark.parametrize("blocks", [3, 4, 12])
+def test_interval_of_few_blocks_holds_the_mean_as_often_as_it_says(blocks):
+    # of blocks that differ among themselves alone, a resample by blocks is one of their means
+    held = []
+    for seed in range(400):
+        means = np.random.default_rng(seed).normal(size=blocks)
+        drawn = means[np.random.default_rng(seed + 1000).integers(blocks, size=(500, blocks))].mean(1)
+        low, high = metrics.around(means.mean(), drawn, blocks)
+        held.append(low <= 0 <= high)
+    assert 0.92 < np.mean(held) < 0.985  # 95 % of 400: 0.93 to 0.97; without Student's law 0.76, 0.83 and 0.92
 
 
 # ---------------------------------------------------------------- spectra

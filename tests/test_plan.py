@@ -6,12 +6,13 @@ from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toy
 from building import built
 from flax import nnx
 
-from twinsim import cli, plan, run, train
+from twinsim import checkpoint, cli, plan, run, train
 from twinsim import mesh as meshes
 from twinsim import scale as scales
 from twinsim.base import BadInput, Example, Spec
@@ -163,7 +164,11 @@ def test_plan_of_a_configuration(made):
     assert not (made / "out").exists()  # nothing is written
 
 
-def test_what_is_there_is_used(made, tmp_path):
+def told(*_, **__):
+    raise RuntimeError
+
+
+def test_what_is_there_is_used(made, tmp_path, monkeypatch):
     config = {**toy.config(made), "out": str(tmp_path)}
     expected = plan.plan(config, toy.quiet)
     run.data(config, toy.quiet)
@@ -179,6 +184,11 @@ def test_what_is_there_is_used(made, tmp_path):
         found.spec == expected.spec and found.storage == {**expected.storage, "statistics": held} and expected.storage["statistics"] is None
     )
     assert found.measured == 60.0 and found.step_s == pytest.approx((8 / 60, 8 / 60))
+    monkeypatch.setattr(train, "fit", told)  # of a finished model what another machine looks at leaves no trace
+    checkpoint.save(folder / "checkpoints", config["train"]["steps"], {"a": np.zeros(1)}, wait=True)
+    with pytest.raises(RuntimeError):
+        run.training({**config, "scale": {**config["scale"], "environment": {"A": "1"}}}, toy.quiet)
+    assert (folder / "config.yaml").read_text() == json.dumps(config)
     elsewhere = plan.plan({**config, "scale": {**config["scale"], "environment": {"A": "1"}}}, toy.quiet)
     assert elsewhere.measured == 60.0 and elsewhere.step_s == expected.step_s and "not used here" in " ".join(elsewhere.notes)
 

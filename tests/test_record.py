@@ -170,6 +170,17 @@ def test_links_are_found(run, tmp_path):
         record.write(run, FACTS)
 
 
+def test_what_is_no_file_is_found_and_not_waited_for(run):
+    for name in (next(iter(FILES)), record.RECORD):
+        content = (run / name).read_bytes()
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        (finding,) = record.verify(run)
+        assert (finding.kind, finding.path) == ("changed", name)
+        (run / name).unlink()
+        (run / name).write_bytes(content)
+
+
 def test_many_files_go_to_a_manifest_and_are_still_named(run, monkeypatch):
     monkeypatch.setattr(record, "LISTED_FILES", 5)
     record.write(run, FACTS)

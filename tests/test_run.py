@@ -186,6 +186,9 @@ def test_a_finished_run_says_what_has_changed_since(made, capsys, monkeypatch):
         assert again() == folder and "is not known" in capsys.readouterr().err
     finally:
         truth.write_bytes(whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_fingerprint_kept", lambda _: "of-another")
+        assert again() == folder and "has been trained anew since" in capsys.readouterr().err
     monkeypatch.setattr(record, "git_state", lambda: {"commit": "0123456789abcdef", "dirty": False})
     assert again() == folder
     (said,) = capsys.readouterr().err.splitlines()
@@ -454,6 +457,37 @@ def test_damaged_scores_count_as_not_judged(made, begun, name, text, monkeypatch
         run.evaluate(config(made, begun), telling)
     told = [line for line in capsys.readouterr().err.splitlines() if "judging again" in line]
     assert len(told) == 1 and name in told[0]
+
+
+def test_scores_and_draws_of_other_weights_are_not_taken_for_those_of_the_model(made, begun, monkeypatch, capsys):
+    (judged,) = begun.glob("out/models/*/evaluation-*")
+    facts = json.loads((judged / "metrics.json").read_text())
+    (judged / "metrics.json").write_text(json.dumps({**facts, "model": "of-another"}))
+    model = run.training(config(made, begun), toy.quiet)
+    drawn = []
+    monkeypatch.setattr(generate, "stream", lambda *given: drawn.append(given[5]))
+    with pytest.raises(TypeError):
+        run.evaluate(config(made, begun), toy.quiet)
+    assert "trained anew" in capsys.readouterr().err and drawn == [f"{judged.name} test {model.fingerprint}"]
+
+
+def test_reproduce_compares_what_is_not_finite(tmp_path):
+    values = np.arange(12.0, dtype=np.float32).reshape(2, 2, 3)
+    holed = values.copy()
+    holed[1, 0, 0] = np.nan
+    for name, data in (("whole", values), ("holed", holed), ("same", holed)):
+        xr.Dataset({"x": (("member", "time", "y"), data)}).to_zarr(tmp_path / name, zarr_format=3, consolidated=False)
+    assert "differs by up to inf" in next(run._differing_values(tmp_path / "whole", tmp_path / "holed", 1.0))
+    assert list(run._differing_values(tmp_path / "holed", tmp_path / "same", 0.0)) == []
+
+
+def test_what_is_never_done_is_null(made, tmp_path):
+    never = config(made, tmp_path, "train.max_grad_norm=null", "train.max_loss_jump=null")
+    run.check(never)
+    assert run.training_settings(never).max_grad_norm is None
+    assert run.places(never).model.name != run.places(toy.config(made)).model.name
+    with pytest.raises(BadInput, match=r"config train.steps: expected a number, got None"):
+        run.check(config(made, tmp_path, "train.steps=null"))
 
 
 def test_reproduce_names_a_damaged_file_before_it_begins(made, tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ def one_update(where, **changes):
 
 
 def test_update_is_a_step_down_the_mean_gradient():
-    state, metrics = one_update(mesh(1), max_grad_norm=float("inf"))
+    state, metrics = one_update(mesh(1), max_grad_norm=None)
     assemble, params = train.split(module())
     keys = train.row_keys(jax.random.key(SEED), 0, BATCH)
 
@@ -318,7 +318,7 @@ class Trap(Denoiser):
 def test_nan_stops_and_names_the_batch(store, tmp_path):
     optimizer = optax.sgd(0.01)
     with pytest.raises(train.Diverged, match="step 7: loss nan.*checkpoint 5.*names the batch") as error:
-        fit(store, tmp_path, 30, optimizer=optimizer, generator=built(lambda: Trap(rngs=nnx.Rngs(0))), max_grad_norm=float("inf"))
+        fit(store, tmp_path, 30, optimizer=optimizer, generator=built(lambda: Trap(rngs=nnx.Rngs(0))), max_grad_norm=None)
     assert error.value.exit_code == 3
     facts = json.loads((tmp_path / "diverged.json").read_text())
     assert facts["step"] == 7 and facts["rows"] == data.indices(SEED, 6, BATCH, SIZE).tolist()
@@ -340,9 +340,9 @@ def test_a_loss_that_jumps_stops_before_it_is_saved(store, tmp_path, monkeypatch
     with pytest.raises(
         train.Diverged, match="step 17: loss 1000000.*expected a loss of at most 700, as the last 5 tell; .* checkpoint 15"
     ) as error:
-        fit(store, tmp_path / "stopped", 30, optimizer=optimizer, generator=module, max_grad_norm=float("inf"))
+        fit(store, tmp_path / "stopped", 30, optimizer=optimizer, generator=module, max_grad_norm=None)
     assert error.value.exit_code == 3 and checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [5, 10, 15]
-    fit(store, tmp_path / "never", 18, optimizer=optimizer, generator=module, max_grad_norm=float("inf"), max_loss_jump=float("inf"))
+    fit(store, tmp_path / "never", 18, optimizer=optimizer, generator=module, max_grad_norm=None, max_loss_jump=None)
 
 
 def test_batch_that_does_not_fit_the_mesh_is_refused(store, tmp_path):

@@ -180,7 +180,7 @@ class Score:
 
     Attributes:
       value: the score; `low`, `high`: its 95 % bootstrap interval, NaN where none can be given.
-      ideal: the value a perfect generator has, on average.
+      ideal: the value that a perfect generator tends to with endless draws and truth; NaN where there is none.
       units: of `value`.
     """
 

@@ -7,11 +7,12 @@ import contextlib
 import difflib
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,29 +137,34 @@ def _dispatch(verb: str, words: list[str]) -> int:
     show = "--cfg" in words
     overrides = _overrides([word for word in words if word != "--cfg"])
     if sweep:
-        return _sweep(verb, overrides)
-    return _one(verb, _compose(overrides), show)
+        return _sweep(verb, overrides, show)
+    return _one(verb, _compose(overrides), show, [word for word in words if word != "--cfg"])
 
 
 # ---------------------------------------------------------------- verbs
 
 
-def _one(verb: str, composed: Any, show: bool = False) -> int:
-    """Runs a verb on a composed configuration."""
-    import yaml
+def _one(verb: str, composed: Any, show: bool, words: Sequence[str]) -> int:
+    """Runs a verb on the configuration that was composed of `words`."""
 
     from twinsim import mesh, run, scale
 
     config = run.resolve(composed)
     if show:
-        print(yaml.safe_dump(config, sort_keys=False), end="")
+        _show(config)
         return 0
     mesh.start_distributed(**vars(scale.read(config["scale"]).start))
     with _asked_to_stop():
-        return _act(verb, config)
+        return _act(verb, config, shlex.join(["twinsim", verb, *words]))
 
 
-def _act(verb: str, config: dict[str, Any]) -> int:
+def _show(config: Mapping[str, Any]) -> None:
+    import yaml
+
+    print(yaml.safe_dump(dict(config), sort_keys=False), end="")
+
+
+def _act(verb: str, config: dict[str, Any], command: str) -> int:
     from twinsim import mesh, run
 
     say = print if mesh.is_first() else lambda line: None
@@ -175,7 +181,7 @@ def _act(verb: str, config: dict[str, Any]) -> int:
         say(report.text_scorecard(evaluation.scores))
         say(f"evaluation: {run.places(config).evaluation}")
     else:
-        folder = run.deliver(config, progress)
+        folder = run.deliver(config, progress, command)
         say(f"run:    {folder}\nreport: {folder / 'report.html'}\ndata:   {folder / 'samples.zarr'}")
     return 0
 
@@ -198,7 +204,9 @@ def _reproduce(words: list[str]) -> int:
     try:
         tolerance = float(options[-1].partition("=")[2]) if options else 0.0
     except ValueError:
-        raise BadInput(f"reproduce: {options[-1]}: expected a number, in the units of each variable") from None
+        tolerance = -1.0
+    if not 0 <= tolerance < float("inf"):
+        raise BadInput(f"reproduce: {options[-1]}: expected a number from 0, in the units of each variable")
     folder = _folder("reproduce", [word for word in words if word not in options])
     with _asked_to_stop():
         differences = run.reproduce(folder, progress, tolerance)
@@ -212,7 +220,7 @@ def _plan(words: list[str]) -> int:
 
     from twinsim import plan, run
 
-    composed = _compose(_overrides([word for word in words if word != "--json"]))
+    composed = _compose(_overrides([word for word in words if word != "--json"], "--json"))
     slurm = composed.scale.get("slurm")
     for name in ("account", "partition"):  # who pays and which queue change nothing of what is needed
         if slurm is not None and OmegaConf.is_missing(slurm, name):
@@ -235,16 +243,14 @@ def _fit(verb: str, words: list[str]) -> int:
     name = named[0]
     if name.endswith((".yaml", ".yml")):
         given, _ = scenario.parse(scenario.read(Path(name)), name)
-        given = run.beside(given, Path(name))
         name = given.pop(verb, "")
+        given = run.beside(given, Path(named[0]))
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_/]+", name):
         raise BadInput(f"{named[0]}: {verb}: expected one of {', '.join(_choices(verb))}, got {name!r}")
     options = [word for word in words if word not in (named[0], "--cfg")]
     config, out = run.fitting(verb, _compose([f"+{verb}={name}"])[verb], given, options)
     if "--cfg" in words:
-        import yaml
-
-        print(yaml.safe_dump(config, sort_keys=False), end="")
+        _show(config)
         return 0
     folder = Path(out or f"out/{run.FITS[verb]}s/{name.replace('/', '-')}")
     asked = [named[0], *(word for word in options if not word.startswith("out="))]
@@ -302,14 +308,14 @@ def configuration(*words: str) -> dict[str, Any]:
     return run.resolve(_compose(_overrides(list(words))))
 
 
-def _overrides(words: list[str]) -> list[str]:
+def _overrides(words: list[str], options: str = "-m, --cfg, --scenarios") -> list[str]:
     """Words of the command line as Hydra overrides; a word without `=` is a scenario, and brings its domain."""
     from twinsim import scenario
     from twinsim.base import BadInput
 
     named = [word for word in words if "=" not in word and not word.startswith(("-", "~"))]
     if unknown := [word for word in words if word.startswith("-")]:
-        raise BadInput(f"unknown option {unknown[0]}; options are -m, --cfg, --scenarios, --help")
+        raise BadInput(f"unknown option {unknown[0]}; options are {options}, --help")
     if len(named) > 1:
         raise BadInput(f"expected one scenario, got {' and '.join(named)}")
     overrides = [f"+{word}" if word.startswith("set.") else word for word in words if word not in named]
@@ -376,22 +382,28 @@ def _paths(node: Any, prefix: str = "") -> list[str]:
     ]
 
 
-def _sweep(verb: str, overrides: list[str]) -> int:
+def _sweep(verb: str, overrides: list[str], show: bool) -> int:
     """Hydra's own sweep: every combination of comma-separated values, one after the other or by a launcher.
 
     A job that fails does not keep the others from running; one that was asked to stop does.
     """
     import hydra
+    from hydra.core.hydra_config import HydraConfig
 
     from twinsim import run
 
-    for each in _jobs(overrides):  # a wrong or missing value is answered before the first job begins
-        run.resolve(_compose(each))
+    jobs = [run.resolve(_compose(each)) for each in _jobs(overrides)]  # a wrong or missing value is answered before the first job begins
+    if show:
+        for config in jobs:
+            print("---")
+            _show(config)
+        return 0
     codes: list[int] = []
 
     def job(config: Any) -> int:
         with _sentences() as outcome:
-            outcome.code = _one(verb, config)
+            words = [word.removeprefix("+") if word.startswith("+set.") else word for word in HydraConfig.get().overrides.task]
+            outcome.code = _one(verb, config, False, words)
         codes.append(outcome.code)
         if outcome.code in STOPPED:
             raise SystemExit(outcome.code)

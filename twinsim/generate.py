@@ -52,6 +52,7 @@ Constrain = Callable[[Callable[[Target], Sample], Condition], Sequence[Constrain
 Misses = Callable[[Sample, Condition], Array]  # how far a sample is from what the question imposes; 0 = holds
 Unroll = Callable[[Propose, Condition, Array], Sample]
 Drawn = tuple[Sample, Mapping[str, Array]]  # what a draw comes to, and how far it breaks each rule
+SIMULATE = 0x73696D  # the key of a simulation, apart from those of the attempts, which count from 0
 IMPOSED = "what the scenario imposes"
 
 
@@ -85,7 +86,11 @@ def make_sampler(
 
         def attempt(number: jax.Array) -> Drawn:
             own = jax.random.fold_in(key, number)
-            outcome = unroll(propose, condition, own) if unroll else domain.simulate(propose(condition, own), condition, key)
+            if unroll:
+                outcome = unroll(propose, condition, own)
+            else:
+                simulating = jax.random.fold_in(jax.random.fold_in(key, SIMULATE), number)
+                outcome = domain.simulate(propose(condition, own), condition, simulating)
             broken = dict(domain.check(outcome, condition))
             if misses is not None:
                 broken[IMPOSED] = misses(outcome, condition)
@@ -224,7 +229,7 @@ def stream(
         _note(store / journal_name(mesh.process()), identity, block)
 
     with mesh.first_leads():
-        done = _done_before(store, identity, report)
+        done = _done_before(store, identity, every[0], report)
         if not done:
             store.mkdir(parents=True, exist_ok=True)
             stop()
@@ -264,7 +269,7 @@ def _note(journal: Path, identity: str, block: Block) -> None:
         os.fsync(lines.fileno())
 
 
-def _done_before(store: Path, identity: str, report: Callable[[str], None]) -> set[str]:
+def _done_before(store: Path, identity: str, first: Block, report: Callable[[str], None]) -> set[str]:
     """The blocks in `store` that can be read back.
 
     The first process makes the store fit to go on with: it cuts off the line that a kill tore, and removes a store of something
@@ -277,7 +282,7 @@ def _done_before(store: Path, identity: str, report: Callable[[str], None]) -> s
     if done:
         for journal, (_, whole) in journals.items():
             os.truncate(journal, whole)
-        return _without_damage(store, done, identity, report)
+        return _without_damage(store, done, identity, first, report)
     if store.exists():
         shutil.rmtree(store)
     return set()
@@ -294,12 +299,19 @@ def _array(group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[i
     return group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, serializer=BytesCodec(), compressors=[Crc32cCodec()])
 
 
-def _without_damage(store: Path, done: set[str], identity: str, report: Callable[[str], None]) -> set[str]:
-    """The blocks of `done` that can be read back; what is damaged is removed, all of it where the arrays do not open."""
+def _without_damage(store: Path, done: set[str], identity: str, first: Block, report: Callable[[str], None]) -> set[str]:
+    """The blocks of `done` that can be read back; what is damaged is removed, all of it where the arrays do not open.
+
+    So is what several processes could not share: where a chunk is not the block that one of them writes, they would write it together.
+    """
     try:
         arrays = [array for _, group in zarr.open_group(store / "arrays", mode="r").groups() for _, array in group.arrays()]
     except DAMAGED as error:
         report(f"{store / 'arrays'}: the draws made before are damaged ({type(error).__name__}); drawing all of them again")
+        shutil.rmtree(store)
+        return set()
+    if mesh.processes() > 1 and any(array.chunks[:2] != (first.members.stop, first.items.stop) for array in arrays):
+        report(f"{store}: begun with another generate.batch, which several processes cannot go on with; drawing all of it again")
         shutil.rmtree(store)
         return set()
     damaged: list[Path] = []

@@ -136,6 +136,7 @@ class Facts:
       title, description: what was asked and what came out, a line each.
       command: what to type to do it again.
       config: path of the resolved config within the run's folder.
+      seed: of the training; draw_seed: of what was drawn with it, None where nothing was.
       started, ended: ISO 8601, with their offset from UTC.
       checkpoint: the fingerprints of the trained parameters and of the statistics, empty where none was used.
       licence: of the output; an SPDX name, a URL or a sentence.
@@ -155,6 +156,7 @@ class Facts:
     checkpoint: str = ""
     licence: str = "no licence stated"
     agent: str = ""
+    draw_seed: int | None = None
     code: Mapping[str, Any] = field(default_factory=git_state)
     environment: Mapping[str, Any] = field(default_factory=environment)
 
@@ -229,6 +231,8 @@ def _crate(facts: Facts, present: Mapping[str, Entry], listed: Mapping[str, Entr
         _value("#seed", "seed", facts.seed),
         _value("#config-hash", "config hash", facts.config_hash),
     ]
+    if facts.draw_seed is not None:
+        values.append(_value("#draw-seed", "seed of the draws", facts.draw_seed))
     if facts.checkpoint:
         values.append(
             {
@@ -493,8 +497,8 @@ def proof(findings: Sequence[Finding]) -> str:
 
 
 def _difference(path: Path, expected: Entry) -> str | None:
-    if path.is_symlink():
-        return "a link stands in its place"
+    if path.is_symlink() or not path.is_file():
+        return f"a {'link' if path.is_symlink() else 'device'} stands in its place"
     try:
         if expected.size >= 0 and path.stat().st_size != expected.size:
             return f"{expected.size} bytes recorded, {path.stat().st_size} found"

@@ -97,7 +97,7 @@ def _page(title: str, sections: Sequence[Section], facts: Facts, summary: str, h
 </aside>
 <nav aria-label="Contents"><ol>{contents}</ol></nav>
 {"".join(body)}</main>
-<footer><p>Made by twinsim {_text(__version__)}, config {_text(facts.config_hash)}, seed {facts.seed}. Synthetic data.</p></footer>
+<footer><p>Made by twinsim {_text(__version__)}, config {_text(facts.config_hash)}, seed {_seeds(facts)}. Synthetic data.</p></footer>
 </body>
 </html>
 """
@@ -169,6 +169,10 @@ def _figure(caption: str, picture: bytes, number: int) -> str:
     )
 
 
+def _seeds(facts: Facts) -> str:
+    return str(facts.seed) if facts.draw_seed is None else f"{facts.seed} of the training, {facts.draw_seed} of the draws"
+
+
 def _provenance(facts: Facts, number: int, count: _Count) -> str:
     commit = facts.code.get("commit", "")
     code = f"twinsim {__version__}" + (f", commit {commit[:12]}" if commit else ", commit unknown")
@@ -177,7 +181,7 @@ def _provenance(facts: Facts, number: int, count: _Count) -> str:
     rows = {
         "Command": f"<code>{_text(facts.command)}</code>",
         "Config hash": f"<code>{_text(facts.config_hash)}</code>",
-        "Seed": str(facts.seed),
+        "Seed": _seeds(facts),
         "Trained model": f'<code class="long">{_text(facts.checkpoint)}</code>' if facts.checkpoint else "none was used",
         "Code": _text(code),
         "Run by": _text(facts.agent or "not stated"),
@@ -258,7 +262,8 @@ def scorecard(scores: Mapping[str, Scores], title: str = "Scores against held-ou
     text = [
         f"All generators are judged on the same held-out truth. The model is {next(iter(scores))}; beside it stand its baselines.",
         f"“{BEST}” marks the score closest to its ideal. “{LEVEL}” marks those that the intervals cannot tell from it. "
-        "A score without an interval says so.",
+        "A score without an interval says so. The ideal is what a perfect generator tends to with endless draws and truth: "
+        "of few, it would miss it too, and a CRPS of 0 is out of reach for what chance decides.",
     ]
     return Section(title, text, tables, figures)
 
@@ -298,7 +303,7 @@ def _groups(scores: Mapping[str, Scores]) -> dict[str, list[str]]:
 
 def _verdicts(scores: Mapping[str, Score]) -> dict[str, str]:
     """Generator -> how it stands on one score."""
-    distance = {who: abs(score.value - score.ideal) for who, score in scores.items() if math.isfinite(score.value)}
+    distance = {who: abs(score.value - score.ideal) for who, score in scores.items() if math.isfinite(score.value - score.ideal)}
     if not distance:
         return {}
     least = min(distance.values())
@@ -361,7 +366,7 @@ def curves(scores: Mapping[str, Scores], title: str = "Behind the scores") -> Se
             if kind == "ranks":
                 drawn = {who: (x, y / max(float(np.mean(y)), 1e-300)) for who, (x, y) in drawn.items()}
             panels.append(Panel(variable, drawn, look.x, look.y, look.logarithmic, look.level, look.diagonal))
-        figures[f"{look.says} Variables: {', '.join(variables)}."] = lines(panels)
+        figures[f"{look.says} {kind + '. ' if look is _OTHER else ''}Variables: {', '.join(variables)}."] = lines(panels)
     return Section(title, (), {}, figures)
 
 

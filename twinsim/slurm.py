@@ -9,6 +9,7 @@ All of it lies in one folder as plain text: a person can read it and run a line 
   N.STATE        where job N stands, one of MARKERS, and what it said last
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -414,7 +415,8 @@ def _said(folder: Path, number: int, marker: str | None, state: str) -> str:
     if state == "running":
         return _last_line(folder / f"{number}.out")
     if state in ("failed", "stopped", "requeued"):
-        return (folder / f"{number}.{marker}").read_text(errors="replace").strip()
+        with contextlib.suppress(FileNotFoundError):  # of a job that begins again at this moment
+            return (folder / f"{number}.{marker}").read_text(errors="replace").strip()
     return ""
 
 

@@ -72,8 +72,8 @@ class Settings:
     Attributes:
       steps, batch: updates, and examples in each.
       ema: widths sigma_rel of the power-function averages, as a share of the training so far; in (0, 0.288].
-      max_grad_norm: a longer gradient is shortened to this; infinity for never.
-      max_loss_jump: a loss above this many times the median of the last `RECENT` ends the training; infinity for never.
+      max_grad_norm: a longer gradient is shortened to this; None for never.
+      max_loss_jump: a loss above this many times the median of the last `RECENT` ends the training; None for never.
       microbatches: parts of a batch whose gradients are taken one after the other, to save memory; changes nothing else.
       save_every, log_every: steps between checkpoints and between lines of the log.
       keep: newest checkpoints kept.
@@ -83,8 +83,8 @@ class Settings:
     steps: int
     batch: int
     ema: tuple[float, ...] = (0.05, 0.10)
-    max_grad_norm: float = 1.0
-    max_loss_jump: float = 1000.0
+    max_grad_norm: float | None = 1.0
+    max_loss_jump: float | None = 1000.0
     microbatches: int = 1
     save_every: int = 1000
     log_every: int = 50
@@ -95,9 +95,9 @@ class Settings:
         for name in ("steps", "batch", "microbatches", "save_every", "log_every", "keep", "ahead"):
             if getattr(self, name) < 1:
                 raise BadInput(f"training: {name}: expected at least 1, got {getattr(self, name)}")
-        if not self.max_grad_norm > 0:
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise BadInput(f"training: max_grad_norm: expected a positive number, got {self.max_grad_norm}")
-        if not self.max_loss_jump > 1:
+        if self.max_loss_jump is not None and not self.max_loss_jump > 1:
             raise BadInput(f"training: max_loss_jump: expected a number above 1, got {self.max_loss_jump}")
         if self.batch % self.microbatches:
             raise BadInput(f"training: expected microbatches to divide the batch of {self.batch}, got {self.microbatches}")
@@ -232,7 +232,7 @@ def make_update(
         if mesh.size > 1:
             grads = lax.with_sharding_constraint(grads, shardings.params)
         norm = optax.tree.norm(grads)
-        if math.isfinite(settings.max_grad_norm):
+        if settings.max_grad_norm is not None:
             shorter = jnp.minimum(1.0, settings.max_grad_norm / norm)
             grads = jax.tree.map(lambda grad: grad * shorter.astype(grad.dtype), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
@@ -298,7 +298,8 @@ def fit(
         while len(awaited) > left:
             step, metrics = awaited.popleft()
             loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-            most = settings.max_loss_jump * statistics.median(recent) if len(recent) == RECENT else math.inf
+            jump = settings.max_loss_jump
+            most = math.inf if jump is None or len(recent) < RECENT else jump * statistics.median(recent)
             if not (math.isfinite(loss) and math.isfinite(norm) and loss <= most):
                 raise Diverged(_dump(folder, step, loss, norm, most, seed, settings, len(store)))
             recent.append(loss)

@@ -25,7 +25,7 @@ def score(twin: "CityTwin", generated: Sample, truth: Sample, condition: Conditi
     true = {name: np.asarray(truth[name], np.float32) for name in twin.sample}
     for name in twin.sample:
         _ensemble(f"{name}: ", "pair", drawn[name], true[name], table)
-        curves[f"rank/{name}"] = metrics.rank_counts(drawn[name], true[name]).mean(0)
+        curves[f"ranks/{name}"] = metrics.rank_counts(drawn[name], true[name]).mean(0)
     day, true_day = np.sum(list(drawn.values()), axis=0), np.sum(list(true.values()), axis=0)
     _ensemble("day: ", "pair", day, true_day, table)
     _ensemble("day: ", "district", day.sum(-1), true_day.sum(-1), table)

@@ -17,7 +17,7 @@ from twinsim.base import Condition, Sample, Score, Scores
 if TYPE_CHECKING:
     from domains.climate.domain import Climate
 
-GEOSTROPHIC = ("zg500", "ta500", "ps", "ua500")  # what the balance of wind and mass needs
+GEOSTROPHIC = {"zg500": "m", "ta500": "K", "ps": "Pa", "ua500": "m s-1"}  # what the balance of wind and mass needs
 HECTOPASCAL = 100.0  # Pa
 SPECTRAL_BAND = (30.0, 60.0)  # degrees north, where zonal spectra are compared; all latitudes where the grid has none of these
 COMPARED = 300  # generated samples that are looked for among the training days
@@ -72,7 +72,7 @@ def score(domain: "Climate", generated: Sample, truth: Sample, condition: Condit
         if domain.forcing:
             _score_change(domain, generated, truth, climatology, table)
         _score_memory(domain, generated, truth, table)
-    if set(GEOSTROPHIC) <= set(domain.quantities) and physics.mid_latitudes(domain.dataset[domain.dims[0]].values).any():
+    if domain.tells_balance:
         _score_balance(domain, generated, table)
     names = list(domain.quantities)
     for first, second in zip(names, names[1:], strict=False):
@@ -221,7 +221,7 @@ def _bootstrap_ratio(ensemble: np.ndarray, truth: np.ndarray, level: float, bloc
     few = ensemble[: max(1, min(len(ensemble), 4))]
     rows = metrics.block_rows(len(truth), block, draws, 0)
     drawn = [metrics.pooled_quantile_ratio(few[:, r], truth[r], level) for r in rows]
-    return Score(value, 1.0, "", *metrics.around(value, np.array(drawn)))
+    return Score(value, 1.0, "", *metrics.around(value, np.array(drawn), len(truth) / block))
 
 
 def _score_distribution(
@@ -271,7 +271,7 @@ def _around(
     if len(few) < 3 * block:
         return Score(value, ideal, units)
     drawn = np.array([statistic(few[rows], of_truth) for rows in metrics.block_rows(len(few), block, draws, 0)])
-    return Score(value, ideal, units, *metrics.around(value, drawn))
+    return Score(value, ideal, units, *metrics.around(value, drawn, len(few) / block))
 
 
 def _score_return_level(domain: "Climate", name: str, ensemble: np.ndarray, truth: np.ndarray, table: dict) -> None:
