@@ -76,6 +76,69 @@ def test_splits_that_share_days_are_refused():
         twin(splits={"train": [{"time": ["2001-01-01", "2001-07-05"]}], "test": [{"time": ["2001-07-01", "2001-08-28"]}]})
 
 
+@pytest.mark.parametrize("calendar", ["standard", "360_day"])
+def test_splits_in_every_calendar_and_of_days_in_no_order(calendar):
+    time = xr.date_range("2001-01-01", periods=720, calendar=calendar, use_cftime=calendar != "standard")
+    dataset = truth(days=720).assign_coords(time=time)
+    splits = {"train": [{"time": ["2001-01-01", "2001-12-31"]}], "test": [{"time": "2002-02"}, {"time": ["2002-03", "2002-04"]}]}
+    domain = twin(dataset, splits=splits)
+    assert len(domain.rows("train")) == (365 if calendar == "standard" else 360)
+    assert len(domain.rows("test")) == (89 if calendar == "standard" else 90)
+    shuffled = dataset.isel(time=np.random.default_rng(0).permutation(720))
+    assert {len(twin(shuffled, splits=splits).rows(split)) for split in splits} == {len(domain.rows(split)) for split in splits}
+
+
+def test_units_of_the_data_and_of_the_quantity_are_the_same_or_refused():
+    with pytest.raises(BadInput, match=r"variable pr: it is read in mm day-1, but quantities.pr.units says m s-1"):
+        twin(quantities={"pr": climate.Quantity("m s-1", "precipitation")})
+
+
+def test_patches_have_no_season():
+    with pytest.raises(BadInput, match="season: expected false, the samples lie along patch"):
+        twin(truth().drop_vars("time").rename(time="patch"), season=True)
+
+
+def test_a_forcing_far_from_zero_is_seen_from_its_own_middle():
+    # 30 years of a gas that grows from 350 to 410, and 0.03 K for each of it
+    days = 3600
+    random = np.random.default_rng(0)
+    gas = np.linspace(350, 410, days)
+    time = xr.DataArray(xr.date_range("1981-01-01", periods=days, freq="3D", use_cftime=False), dims="time")
+    coords = {
+        "time": time,
+        "lat": ("lat", np.linspace(-60, 60, 4), {"units": "degrees_north"}),
+        "lon": ("lon", np.arange(6) * 60.0, {"units": "degrees_east"}),
+        "co2": ("time", gas, {"units": "ppm"}),
+    }
+    field = 280 + 0.03 * (gas - 380)[:, None, None] + 2 * random.normal(size=(days, 4, 6))
+    rain = np.exp(0.3 * random.normal(size=(days, 4, 6))) * (1 + 0.005 * (gas - 380)[:, None, None])
+    shape, units = ("time", "lat", "lon"), {"units": "mm day-1"}
+    dataset = xr.Dataset({"tas": (shape, field.astype(np.float32), {"units": "K"}), "pr": (shape, rain.astype(np.float32), units)}, coords)
+    domain = twin(
+        dataset,
+        quantities={
+            "tas": climate.Quantity("K", "temperature"),
+            "pr": climate.Quantity("mm day-1", "precipitation", lower=0, transform="normal_score"),
+        },
+        splits={"train": [{"time": ["1981", "2005"]}], "test": [{"time": ["2006", "2010"]}]},
+        forcing="co2",
+        components=climate.Components(count=48),
+    )
+    statistics = domain.fit()
+    noise = jax.random.normal(jax.random.key(0), (200, *domain.spec(statistics).grid, domain.spec(statistics).channels))
+    decode = jax.jit(jax.vmap(domain.decode, in_axes=(None, 0, None)))
+    for level in (350.0, 380.0, 430.0):
+        made = decode(statistics, noise, {"co2": np.float32(level)})
+        assert float(made["tas"].mean()) == pytest.approx(280 + 0.03 * (level - 380), abs=0.15)
+        assert float(made["tas"].std()) == pytest.approx(2, abs=0.2)
+        assert float(made["pr"].mean()) == pytest.approx(np.exp(0.045) * (1 + 0.005 * (level - 380)), rel=0.05)
+    usual = scores.training_climatology(domain, {"co2": np.full(1, 400, np.float32)})["tas"]
+    assert float(usual.mean()) == pytest.approx(280 + 0.03 * (domain.reference - 380), abs=0.1)
+    baseline = domain.baselines(statistics)["days of the season, shifted by a pattern"]
+    drawn = baseline({"co2": np.array([430.0], np.float32)}, 40, 0)["tas"]
+    assert drawn.mean() == pytest.approx(281.5, abs=0.3) and drawn.std(0).mean() == pytest.approx(2, abs=0.3)
+
+
 def test_copies_of_training_days_are_seen():
     domain = twin()
     question, answer, generated = drawn(domain, members=2)
@@ -89,7 +152,7 @@ def test_a_normal_score_goes_on_beyond_both_ends_and_stops_at_the_bound():
     pressure["pr"] = 990 + 5 * np.log(pressure["pr"])
     bound = {"transform": "normal_score"}
     domain = twin(pressure, bound)
-    domain = dataclasses.replace(domain, quantities={"pr": climate.Quantity("hPa", "pressure", transform="normal_score")})
+    domain = dataclasses.replace(domain, quantities={"pr": climate.Quantity("mm day-1", "departure", transform="normal_score")})
     statistics = domain.fit()
     low, lower = (float(domain._restored(statistics, "pr", np.full((8, 8), z, np.float32), {}).min()) for z in (-3.0, -4.0))
     assert lower < low - 0.1
@@ -154,8 +217,8 @@ def test_a_state_out_of_balance_or_with_other_mass_breaks_a_rule():
     coords = {"time": time, "lat": ("lat", latitude, {"units": "degrees_north"}), "lon": ("lon", longitude, {"units": "degrees_east"})}
     dataset = xr.Dataset({name: (("time", "lat", "lon"), v.astype(np.float32)) for name, v in fields.items()}, coords)
     domain = twin(
-        dataset,
-        quantities={name: climate.Quantity("1", name) for name in fields},
+        dataset.assign_attrs(levels=scores.physics.SIGMA),
+        quantities={name: climate.Quantity(units, name) for name, units in scores.GEOSTROPHIC.items()},
         splits={"train": [{"time": ["2001-01-01", "2001-01-31"]}], "test": [{"time": ["2001-02-05", "2001-02-28"]}]},
     )
     day = {name: values[0] for name, values in domain.truth(domain.rows("test")).items()}

@@ -45,6 +45,26 @@ def asked(**changed) -> questions.ClimateScenario:
 TWO_DAYS = {"period": {"start": "2001-01-01", "end": "2001-01-02"}}
 
 
+# ---------------------------------------------------------------- places
+
+
+def test_places_are_found_under_any_name():
+    named = days().rename(lat="latitude", lon="y_is_not_longitude")
+    assert [part.shape for part in questions.positions(twin(dataset=named))] == [(8, 12)] * 2
+    np.testing.assert_array_equal(twin(dataset=named).weights, twin().weights)
+    assert twin().weights.std() > 0.1
+    with pytest.raises(BadInput, match="no latitude and longitude in degrees"):
+        questions.positions(twin(dataset=days().drop_vars("lon").assign_coords(lon=np.arange(12))))
+
+
+@pytest.mark.parametrize(("lat", "lon"), [(75.0, 0.0), (-60.0, 359.0), (10.0, -15.0)])
+def test_an_observation_in_the_grid_is_that_of_its_cell(lat, lon):
+    europe = twin(dataset=days(latitude=np.arange(36.0, 61, 2), longitude=np.arange(-10.0, 31, 2)))
+    assert callable(questions._observed(twin(), questions.Observe(variable="tas", lat=lat, lon=lon, value=280, error=1))[0])
+    with pytest.raises(BadInput, match=r"observe: tas at -35 N, 150 E: outside the grid, its nearest cell lies at 36 N, 30 E"):
+        questions._observed(europe, questions.Observe(variable="tas", lat=-35, lon=150, value=280, error=1))
+
+
 # ---------------------------------------------------------------- a background file
 
 

@@ -34,7 +34,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     def simulate(folder: Path, progress: Callable[[int, int], None], **run: Any) -> xr.Dataset:
         folders.append(folder)
         progress(10, 10)
-        return run_of(**run)
+        return run_of(**{name: run[name] for name in ("days", "sst_offset", "seed") if name in run})
 
     monkeypatch.setattr(speedy, "simulate", simulate)
     return folders
@@ -60,13 +60,17 @@ def test_runs_are_joined_with_their_warming_and_made_once(tmp_path: Path, asked:
     assert joined["lsm"].dims == ("lat", "lon") and "ua500" not in joined
     again = truth.simulated(str(tmp_path), RUNS, ["tas"], branches=["warm"])
     assert again["branch"].values.tolist() == ["warm"] * 2
-    assert [folder.name for folder in asked] == ["control.blocks", "warm.blocks"], "a run that is there is not made again"
+    assert [folder.name.partition("-")[0] for folder in asked] == ["control.blocks", "warm.blocks"], "a run that is there is not made again"
+    truth._simulate(tmp_path / "warm.nc", "warm", {**RUNS["warm"], "days": 9, "adjust_days": 5}, lambda: False)  # more days of the same
+    truth._simulate(tmp_path / "warm.nc", "warm", {**RUNS["warm"], "seed": 3}, lambda: False)
+    assert asked[1] == asked[2] != asked[3], "blocks of another seed are not mixed"
 
 
 def test_runs_that_do_not_fit_are_one_sentence(tmp_path: Path, asked: list[Path]) -> None:
     truth.simulated(str(tmp_path), RUNS, ["tas"])
-    with pytest.raises(BadInput, match="expected 4 days at \\+0 K, it holds 3 at \\+0 K"):
-        truth.simulated(str(tmp_path), {"control": {"days": 4}}, ["tas"])
+    for other, says in (({"days": 4}, "days: expected 4 as configured, it was made with 3"), ({"days": 3, "seed": 7}, "seed: expected 7")):
+        with pytest.raises(BadInput, match=says):
+            truth.simulated(str(tmp_path), {"control": other}, ["tas"])
     with pytest.raises(BadInput, match="a seed of its own"):
         truth.simulated(str(tmp_path), {"a": {"days": 1}, "b": {"days": 1}}, ["tas"])
     with pytest.raises(BadInput, match="plain name for each run.*got '../warm'"):

@@ -144,6 +144,37 @@ def test_longitudes_ascend_from_the_western_edge_in_any_convention(tmp_path, lon
     assert result["lon"].values.tolist() == expected and belongs(result)
 
 
+def test_cells_are_counted_in_the_region_as_a_whole(tmp_path):
+    path = save(dataset(), tmp_path / "a.nc")
+    result = open_cf(path, TAS, region={"lon": [-50, 50]}, isel={"lon": [0, 2], "lat": [1, 4]})
+    assert result["lon"].values.tolist() == [-45, 0] and result["lat"].values.tolist() == [45, 50, 55] and belongs(result)
+    with pytest.raises(BadInput, match=r"isel lon: expected 0 <= start < stop <= 3, got \[0, 4\]"):
+        open_cf(path, TAS, region={"lon": [-50, 50]}, isel={"lon": [0, 4]})
+    with pytest.raises(BadInput, match="isel names level"):
+        open_cf(path, TAS, isel={"level": [0, 1]})
+
+
+@pytest.mark.parametrize("lon", [[315.0, 0, 45, 90], [315.0, 360, 405, 450]])
+def test_a_region_over_greenwich_stays_in_one_piece(tmp_path, lon):
+    result = open_cf(save(dataset(lon=np.array(lon)), tmp_path / "a.nc"), TAS)
+    assert (result["lon"].values % 360).tolist() == [315, 0, 45, 90] and (np.diff(result["lon"]) == 45).all() and belongs(result)
+    whole = open_cf(save(dataset(lon=np.roll(LON, 4)), tmp_path / "b.nc"), TAS)
+    assert whole["lon"].values.tolist() == LON.tolist() and belongs(whole)
+
+
+def test_what_tells_days_apart_is_kept_and_the_edges_of_cells_are_not(tmp_path):
+    made = dataset(days=6, source="the file's own").assign_coords(co2=("time", np.arange(6.0)), run=("time", list("aabbcc")))
+    made["lat"].attrs["bounds"] = "lat_bnds"
+    made["t2m"].attrs["source"] = "of one variable"
+    for name, part in (("a", slice(0, 4)), ("b", slice(4, 6))):
+        save(made.isel(time=part), tmp_path / f"{name}.nc")
+    result = open_cf(str(tmp_path / "*.nc"), TAS)
+    assert result["co2"].values.tolist() == [0, 1, 2, 3, 4, 5] and "".join(result["run"].values.astype(str)) == "aabbcc"
+    assert "bounds" not in result["lat"].attrs and result.attrs["source"] == "the file's own"
+    save(made.isel(time=slice(4, 6)).drop_vars("run"), tmp_path / "b.nc")
+    assert "run" not in open_cf(str(tmp_path / "*.nc"), TAS).coords  # not known of every day
+
+
 def test_cyclic_point_is_kept_once(tmp_path):
     result = open_cf(save(dataset(lon=np.append(LON, 360.0)), tmp_path / "a.nc"), TAS, region={"lon": [0, 360]})
     assert result["lon"].values.tolist() == LON.tolist() and belongs(result)
@@ -193,6 +224,14 @@ def test_a_period_is_two_dates_in_order(span):
         ("m2 s-2", "m", 9.80665, 1),
         ("g kg-1", "1", 8, 0.008),
         ("%", "1", 50, 0.5),
+        ("degrees Celsius", "K", 15, 288.15),  # which pint reads as an angle times a temperature
+        ("deg C", "K", 15, 288.15),
+        ("degree_celsius", "K", 15, 288.15),
+        ("degrees K", "degC", 288.15, 15),
+        ("Kelvin", "K", 288, 288),
+        ("0.1 K", "K", 2880, 288),
+        ("mb", "Pa", 1000, 1e5),
+        ("rad s-1", "s-1", 2, 2),
     ],
 )
 def test_units_convert(stated, wanted, value, expected):
@@ -209,7 +248,8 @@ def test_units_reach_the_data_and_the_standard_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("units", "message"), [("Pa", "units Pa do not convert to K"), ("warmth", "'warmth' is not known"), ("", "states no units")]
+    ("units", "message"),
+    [("Pa", "units Pa do not convert to K"), ("warmth", "'warmth' is not known"), ("degree degC", "is not known"), ("", "states no units")],
 )
 def test_wrong_units_are_named(tmp_path, units, message):
     with pytest.raises(BadInput, match=message):

@@ -33,15 +33,17 @@ class Warming:
     cell with an annual cycle, scaled with the forcing (pattern scaling, Santer et al. 1990). "none": no answer.
     """
 
-    def __init__(self, sample: Sample, condition: Condition, weights: np.ndarray | float, forcing: str | None, kind: Response) -> None:
+    def __init__(
+        self, sample: Sample, condition: Condition, weights: np.ndarray | float, forcing: str | None, kind: Response, reference: float = 0.0
+    ) -> None:
         if kind not in ("none", "uniform", "pattern"):
             raise BadInput(f"warming: expected a response of none, uniform or pattern, got {kind!r}")
-        self.forcing = forcing if kind != "none" else None
+        self.forcing, self.reference = forcing if kind != "none" else None, np.float32(reference)
         if not self.forcing:
             return
         if self.forcing not in condition:
             raise BadInput(f"warming: expected a condition {self.forcing}, got {', '.join(condition)}")
-        days, offset = _days(condition, len(next(iter(sample.values())))), np.asarray(condition[self.forcing])
+        days, offset = _days(condition, len(next(iter(sample.values())))), self.departure(condition)
         self.stat = {}
         for name, values in sample.items():
             fitted = means.fit_harmonics(np.asarray(values), days, offset)["response"]
@@ -51,18 +53,23 @@ class Warming:
                 fitted = np.zeros((3, 1, 1), np.float32) + np.array([slope, 0, 0], np.float32)[:, None, None]
             self.stat[name] = {"climatology": np.zeros((5,) + fitted.shape[1:], np.float32), "response": fitted}
 
+    def departure(self, condition: Condition) -> np.ndarray:
+        """How far the forcing of samples is from none, `[n]`."""
+        return np.asarray(condition[self.forcing]) - self.reference  # type: ignore[index]
+
     def __call__(self, name: str, condition: Condition, rows: np.ndarray | slice = slice(None)) -> np.ndarray | np.float32:
         """Change of a variable's mean against no forcing, `[n, y, x]` or broadcastable to it."""
         if not self.forcing:
             return np.float32(0)
-        offset = np.asarray(condition[self.forcing])
+        offset = self.departure(condition)
         return np.asarray(means.harmonics(self.stat[name], _days(condition, len(offset))[rows], offset[rows]))
 
 
 class ClimatologyBootstrap:
     """Training days of the same season, drawn at random; with a `response`, days of the control run shifted by it.
 
-    The control run is the part of the training samples whose forcing is nearest to zero.
+    The control run is the part of the training samples whose forcing is nearest to none, `reference`; all of them, each freed of its
+    response, where that is less than a tenth.
 
     Args:
       in_a_row: items that belong together and are drawn as that many training days in a row.
@@ -78,15 +85,17 @@ class ClimatologyBootstrap:
         non_negative: Collection[str] = (),
         forcing: str | None = None,
         response: Response = "none",
+        reference: float = 0.0,
         in_a_row: int = 1,
         starts: np.ndarray | None = None,
     ) -> None:
-        self.warming = Warming(sample, condition, weights, forcing, response)
+        self.warming = Warming(sample, condition, weights, forcing, response, reference)
         kept = np.arange(_count(sample))
         starts = kept if starts is None else starts
         if self.warming.forcing:
-            size = np.abs(np.asarray(condition[self.warming.forcing]))
-            kept = np.flatnonzero(size <= size[starts].min() + 1e-6)
+            size = np.abs(self.warming.departure(condition))
+            control = np.flatnonzero(size <= size[starts].min() + 1e-6)
+            kept = control if 10 * len(control) >= len(kept) else kept
         self.condition = {name: np.asarray(values)[kept] for name, values in condition.items() if np.ndim(values) == 1}
         self.sample = {name: _float32(values)[kept] for name, values in sample.items()}
         self.non_negative = frozenset(non_negative)
@@ -149,8 +158,9 @@ class PCAGaussian:
         non_negative: Collection[str] = (),
         forcing: str | None = None,
         response: Response = "none",
+        reference: float = 0.0,
     ) -> None:
-        self.warming = Warming(sample, condition, weights, forcing, response)
+        self.warming = Warming(sample, condition, weights, forcing, response, reference)
         days = _days(condition, _count(sample))
         self.climatology, anomalies = {}, {}
         for name, values in sample.items():

@@ -23,7 +23,7 @@ import numpy as np
 import xarray as xr
 from numpy.lib.stride_tricks import sliding_window_view
 
-from domains.climate import baselines, grid, means, physics, questions, scores
+from domains.climate import baselines, grid, means, physics, questions, scores, sources
 from domains.climate.sources import day_of_year
 from twinsim import codec
 from twinsim import scenario as scenarios
@@ -176,6 +176,9 @@ class Climate:
                 raise BadInput(f"variable {name}: not in the data, which has {', '.join(map(str, self.dataset.data_vars))}")
             if self.dataset[name].ndim != 3:
                 raise BadInput(f"variable {name}: expected dims (time, y, x), got {self.dataset[name].dims}")
+            stated, said = self.dataset[name].attrs.get("units"), self.quantities[name].units
+            if stated is not None and stated != said:
+                raise BadInput(f"variable {name}: it is read in {stated}, but quantities.{name}.units says {said}, expected the same")
         for name in self.statics:
             if name not in self.dataset:
                 raise BadInput(f"static field {name}: not in the data, which has {', '.join(map(str, self.dataset.data_vars))}")
@@ -183,6 +186,8 @@ class Climate:
             raise BadInput(
                 f"forcing {self.forcing}: expected a coordinate along {self.item}, got {', '.join(map(str, self.dataset.coords))}"
             )
+        if self.season and self.item != "time":
+            raise BadInput(f"{self.name}: season: expected false, the samples lie along {self.item} and not along time")
         if self.seasonal_spread and not self.season:
             raise BadInput(f"{self.name}: seasonal_spread needs season: true")
         if self.window < 1 or (self.window > 1 and (self.background or not self.components or self.item != "time")):
@@ -232,8 +237,7 @@ class Climate:
     def weights(self) -> np.ndarray:
         """Area weights with mean 1, `[y, x]`; the cosine of latitude on a regular grid, else 1."""
         y = self.dims[0]
-        units = str(self.dataset[y].attrs.get("units", "")) if y in self.dataset.coords else ""
-        if units.startswith("degree") and "rotated" not in str(self.dataset[y].attrs.get("long_name", "")) and y.startswith("lat"):
+        if y == sources.coordinate_of(self.dataset, "latitude"):
             return np.broadcast_to(grid.area_weights(self.dataset[y].values)[:, None], self.grid).astype(np.float32)
         return np.ones(self.grid, np.float32)
 
@@ -299,18 +303,13 @@ class Climate:
         if coordinate not in self.dataset.coords:
             raise BadInput(f"split: no coordinate {coordinate}; there are {', '.join(map(str, self.dataset.coords))}")
         values = self.dataset[coordinate]
+        if coordinate == "time":
+            return sources.within(values, wanted if isinstance(wanted, list | tuple) else [wanted, wanted])
         if not isinstance(wanted, Sequence) or isinstance(wanted, str):
             return (values == wanted).values
         if len(wanted) != 2:
             raise BadInput(f"split: {coordinate}: expected a value or [first, last], got {wanted!r}")
         first, last = wanted
-        if coordinate == "time":
-            axis = xr.DataArray(np.arange(values.size), {"time": values}, ["time"])
-            if values.to_index().is_monotonic_increasing:
-                inside = axis.sel(time=slice(str(first), str(last))).values
-                return np.isin(np.arange(values.size), inside)
-            text = values.dt.strftime("%Y-%m-%d").values
-            return (text >= str(first)) & (text <= str(last))
         return ((values >= first) & (values <= last)).values
 
     def _in_a_row(self) -> str:
@@ -326,8 +325,19 @@ class Climate:
         rows = self.rows("train")
         recorded = self.conditions(rows) if self.season or self.forcing else {}
         days = np.asarray(recorded.get("day_of_year", np.zeros(len(rows), np.float32)))
-        forcing = np.asarray(recorded[self.forcing]) if self.forcing else None
+        forcing = np.asarray(self._departure(recorded)) if self.forcing else None
         return {name: means.fit_harmonics(np.asarray(values), days, forcing) for name, values in self.truth(rows).items()}
+
+    @cached_property
+    def reference(self) -> float:
+        """The forcing that counts as none: 0 where training saw both sides of it or itself, else the mean of what it saw."""
+        seen = self.dataset[self.forcing].values[self.rows("train")].astype(np.float64) if self.forcing else np.zeros(1)
+        return 0.0 if seen.min() <= 0 <= seen.max() else float(seen.mean())
+
+    def _departure(self, condition: Condition) -> Array:
+        """How far the forcing of a condition is from none, `[...]`."""
+        assert self.forcing
+        return condition[self.forcing] - np.float32(self.reference)
 
     @cached_property
     def extremes(self) -> Mapping[str, np.ndarray]:
@@ -406,7 +416,7 @@ class Climate:
             statistics["field_mean"] = {name: np.float32(1) * v.mean(cellwise) for name, v in transformed.items()}
             statistics["field_scale"] = {name: v.std(cellwise) + np.float32(SPREAD_FLOOR) for name, v in transformed.items()}
         else:
-            extra = np.asarray(condition[self.forcing]) if self.forcing else None
+            extra = np.asarray(self._departure(condition)) if self.forcing else None
             days = np.asarray(condition.get("day_of_year", np.zeros(len(rows), np.float32)))
             own = {name: None if name in statistics["scores"] else extra for name in transformed}  # scores carry their response
             statistics["climatology"] = {name: self._fit_mean(v, days, own[name]) for name, v in transformed.items()}
@@ -467,8 +477,9 @@ class Climate:
                 fitted[name] = means.fit_scores(values)
                 continue
             days = np.asarray(condition.get("day_of_year", np.zeros(len(values), np.float32)))
-            response = means.fit_relative_response(values, days, np.asarray(condition[self.forcing]), self.weights)
-            factor = means.relative_response(response, np.asarray(condition[self.forcing]))
+            departure = np.asarray(self._departure(condition))
+            response = means.fit_relative_response(values, days, departure, self.weights)
+            factor = means.relative_response(response, departure)
             fitted[name] = {**means.fit_scores(values / factor), **response}
         return fitted
 
@@ -479,7 +490,7 @@ class Climate:
             values = np.asarray(truth[name])
             if name in statistics.get("scores", {}):
                 stat = statistics["scores"][name]
-                factor = means.relative_response(stat, np.asarray(condition[self.forcing])) if self.forcing else np.float32(1)
+                factor = means.relative_response(stat, np.asarray(self._departure(condition))) if self.forcing else np.float32(1)
                 transformed[name] = means.to_scores(stat, values / factor)
             else:
                 transformed[name] = np.asarray(quantity.maps.forward(values))
@@ -490,7 +501,7 @@ class Climate:
         if name not in statistics.get("scores", {}):
             return self.quantities[name].maps.inverse(transformed)
         stat = statistics["scores"][name]
-        factor = means.relative_response(stat, condition[self.forcing]) if self.forcing else 1.0
+        factor = means.relative_response(stat, self._departure(condition)) if self.forcing else 1.0
         value = means.from_scores(stat, transformed) * factor
         lower = self.quantities[name].lower
         return jnp.maximum(value, lower) if np.isfinite(lower) else value
@@ -567,7 +578,7 @@ class Climate:
         """The transformed variable as far as the condition alone tells it, `[..., y, x]`."""
         if self.background:
             return self._interpolate(statistics, name, condition) + self._regress(statistics, name, condition)
-        extra = condition[self.forcing] if self.forcing else None
+        extra = self._departure(condition) if self.forcing else None
         days = condition["day_of_year"] if self.season else jnp.zeros_like(condition[self.forcing or NUMBER])
         return means.harmonics(statistics["climatology"][name], days, extra)
 
@@ -578,7 +589,7 @@ class Climate:
             statistics["season_spread"] = {name: means.fit_season_spread(v, days) for name, v in residual.items()}
             residual = {name: v / np.asarray(self._spread(statistics, name, condition)) for name, v in residual.items()}
         if self.forcing:
-            forcing = np.asarray(condition[self.forcing])
+            forcing = np.asarray(self._departure(condition))
             spread = {name: means.fit_spread(v, forcing, self.weights) for name, v in residual.items()}
             spread |= dict.fromkeys(statistics["scores"], np.float32(0))  # a wider score would change the mean again
             residual = {name: v / np.exp(spread[name] * forcing)[:, None, None] for name, v in residual.items()}
@@ -594,7 +605,7 @@ class Climate:
             expected = self._expected(statistics, name, condition) if expected is None else expected
             factor = means.spread_of_expected(statistics["background_spread"][name], expected)
         if "spread" in statistics and self.forcing:
-            factor = factor * jnp.exp(statistics["spread"][name] * jnp.asarray(condition[self.forcing]))[..., None, None]
+            factor = factor * jnp.exp(statistics["spread"][name] * jnp.asarray(self._departure(condition)))[..., None, None]
         return factor
 
     def spec(self, statistics: Statistics | None = None) -> Spec:
@@ -777,6 +788,14 @@ class Climate:
         residual = functools.partial(physics.geostrophic_residual, lat=self.dataset[self.dims[0]].values)
         return jax.vmap(residual)(*(days[name] for name in scores.GEOSTROPHIC))
 
+    @property
+    def tells_balance(self) -> bool:
+        """Whether the balance of wind and mass can be told: on a sigma level, which the source of the data has to say, in SI units."""
+        if self.dataset.attrs.get("levels") != physics.SIGMA or not set(scores.GEOSTROPHIC) <= set(self.quantities):
+            return False
+        si = all(self.quantities[name].units == units for name, units in scores.GEOSTROPHIC.items())
+        return si and bool(physics.mid_latitudes(self.dataset[self.dims[0]].values).any())
+
     @cached_property
     def _usual_balance(self) -> Mapping[str, tuple[float, ...]]:
         """Mean mass and how far a day may be from it; how large the geostrophic residual of a day may be: from training days."""
@@ -785,11 +804,11 @@ class Climate:
             return usual
         rows = self.rows("train")
         latitude = self.dataset[self.dims[0]].values
-        if "ps" in self.quantities and float(np.ptp(latitude)) > GLOBAL:
+        if "ps" in self.quantities and self.quantities["ps"].units == "Pa" and float(np.ptp(latitude)) > GLOBAL:
             pressure = (self.dataset["ps"].values[rows].astype(np.float64) * self.weights).mean((1, 2))
             mean = float(pressure.mean())
             usual["mass"] = (mean, BALANCE_KEPT * float(np.abs(pressure - mean).max()))
-        if set(scores.GEOSTROPHIC) <= set(self.quantities) and physics.mid_latitudes(latitude).any():
+        if self.tells_balance:
             few = rows[:: max(1, len(rows) // 200)]
             with jax.ensure_compile_time_eval():  # it may be asked for first while a draw is traced
                 residual = np.asarray(self._imbalance({name: self.dataset[name].values[few] for name in scores.GEOSTROPHIC}))
@@ -826,11 +845,13 @@ class Climate:
         def recorded(response: baselines.Response) -> Baseline:
             return baselines.ClimatologyBootstrap(
                 truth, condition, weights=self.weights, non_negative=non_negative, forcing=self.forcing, response=response,
-                in_a_row=self.window, starts=first,
+                reference=self.reference, in_a_row=self.window, starts=first,
             )  # fmt: skip
 
         def gaussian(response: baselines.Response) -> Baseline:
-            return baselines.PCAGaussian(truth, condition, weights=self.weights, forcing=self.forcing, response=response)
+            return baselines.PCAGaussian(
+                truth, condition, weights=self.weights, forcing=self.forcing, response=response, reference=self.reference
+            )
 
         if self.forcing:
             named = {

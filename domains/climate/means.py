@@ -37,6 +37,8 @@ def fit_harmonics(values: np.ndarray, day_of_year: np.ndarray, extra: np.ndarray
     if np.shape(day_of_year) != (n,) or (extra is not None and np.shape(extra) != (n,)):
         raise BadInput(f"fit_harmonics: expected one day of year (and one extra) for each of {n} samples, got {np.shape(day_of_year)}")
     basis = _harmonic_basis(np.asarray(day_of_year, np.float64))
+    if not np.ptp(day_of_year):
+        basis[:, 1:] = 0  # all of one day, or of no season: it is the mean
     scale = 0.0 if extra is None else float(np.std(extra))
     if extra is not None and scale > STILL:
         offset = np.asarray(extra, np.float64)[:, None] / scale

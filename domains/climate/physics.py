@@ -13,6 +13,7 @@ DRY_AIR = 287.05  # gas constant, J kg-1 K-1
 GRAVITY = 9.80665  # m s-2
 ROTATION = 7.292e-5  # rad s-1
 EARTH_RADIUS = 6.371e6  # m
+SIGMA = "sigma"  # what a data set says of its `levels` where its variables lie on one of the model's own
 MID_LATITUDES = (25.0, 65.0)  # degrees, both hemispheres: where the wind is nearly geostrophic
 
 

@@ -329,10 +329,11 @@ def box_weights(domain: "Climate", box: Box) -> np.ndarray:
 def positions(domain: "Climate") -> tuple[np.ndarray, np.ndarray]:
     """Latitude and longitude of every cell, degrees, `[y, x]`. Raises BadInput where the data has none."""
     data = domain.dataset
-    if all(name in data.coords and str(data[name].attrs.get("units", "")).startswith("degree") for name in ("lat", "lon")):
-        if data["lat"].ndim == 2:
-            return data["lat"].values, data["lon"].values
-        latitude, longitude = np.meshgrid(data["lat"].values, data["lon"].values, indexing="ij")
+    lat, lon = (sources.coordinate_of(data, kind) for kind in ("latitude", "longitude"))
+    if lat and lon:
+        if data[lat].ndim == 2:
+            return data[lat].values, data[lon].values
+        latitude, longitude = np.meshgrid(data[lat].values, data[lon].values, indexing="ij")
         return latitude, longitude
     raise BadInput(f"{domain.name}: the data has no latitude and longitude in degrees, so no place can be named")
 
@@ -344,7 +345,16 @@ def _observed(domain: "Climate", observe: Observe) -> tuple[Callable[[Sample], A
     east = np.deg2rad(longitude - observe.lon)
     here, there = np.deg2rad(observe.lat), np.deg2rad(latitude)
     closeness = np.sin(here) * np.sin(there) + np.cos(here) * np.cos(there) * np.cos(east)
-    y, x = np.unravel_index(np.argmax(closeness), closeness.shape)
+    y, x = map(int, np.unravel_index(np.argmax(closeness), closeness.shape))
+    near = (slice(max(y - 1, 0), y + 2), slice(max(x - 1, 0), x + 2))
+    beside = np.sin(there[y, x]) * np.sin(there[near]) + np.cos(there[y, x]) * np.cos(there[near]) * np.cos(
+        np.deg2rad(longitude[near] - longitude[y, x])
+    )
+    if closeness[y, x] < beside.min() - 1e-9:  # further than the cells around that one
+        raise BadInput(
+            f"observe: {observe.variable} at {observe.lat:g} N, {observe.lon:g} E: outside the grid, its nearest cell lies at"
+            f" {latitude[y, x]:.4g} N, {longitude[y, x]:.4g} E"
+        )
     return lambda sample: sample[observe.variable][..., y, x], observe.value, observe.error
 
 

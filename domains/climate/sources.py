@@ -154,7 +154,7 @@ def open_cf(
                 except _OutsideTime as error:
                     outside = str(error)  # another file may hold the period
                     continue
-                boxes = [_take(box, isel, file) for box in _boxes(array, region or {}, file)] if isel else _boxes(array, region or {}, file)
+                boxes = _boxes(array, region or {}, isel or {}, file)
                 declared += sum(box.size * box.dtype.itemsize for box in boxes)
                 if declared > max_bytes:
                     raise BadInput(
@@ -204,14 +204,22 @@ def find(paths: Paths) -> list[str]:
 def inputs(paths: Paths, licence: str = "") -> list[dict[str, Any]]:
     """Where the data came from, one dict a file: `name`, `path`, `licence`, `sha256` and `size` in bytes.
 
-    The licence is the one given, or the file's own global attribute. A Zarr folder's digest is that of its files' relative paths
-    and contents in sorted order; of a URL, which is not read as a whole, digest and size are None.
+    The licence is the file's own global attribute, or the one given where it has none. A Zarr folder's digest is that of its files'
+    relative paths and contents in sorted order; of a URL, which is not read as a whole, digest and size are None.
     """
     records: list[dict[str, Any]] = []
     for path in find(paths):
         digest, size = (None, None) if _is_url(path) else _digest(Path(path))
-        stated = licence or ("not stated" if _is_url(path) else _licence(path))
-        records.append({"name": path.rstrip("/").split("/")[-1], "path": path, "licence": stated, "sha256": digest, "size": size})
+        stated = "" if _is_url(path) else _licence(path)
+        records.append(
+            {
+                "name": path.rstrip("/").split("/")[-1],
+                "path": path,
+                "licence": stated or licence or "not stated",
+                "sha256": digest,
+                "size": size,
+            }
+        )
     return records
 
 
@@ -345,11 +353,15 @@ def _pick(dataset: xr.Dataset, spec: Wanted, path: str) -> xr.DataArray:
         array = array.drop_vars("time", errors="ignore").rename({axes.time: "time"})
     array = array.transpose(*(["time"] if axes.time else []), axes.y, axes.x)
     latitude, longitude = _position(array, axes)
-    array = array.drop_vars([name for name in array.coords if name not in {"time", axes.y, axes.x, latitude, longitude}])
+    kept = {"time", axes.y, axes.x, latitude, longitude, *_told_of_days(array)}
+    array = array.drop_vars([name for name in array.coords if name not in kept])
     for name, standard, units in ((latitude, "latitude", "degrees_north"), (longitude, "longitude", "degrees_east")):
         if name:
-            attrs = {"units": units, **array[name].attrs, "standard_name": standard}
-            array = array.assign_coords({name: array[name].assign_attrs(attrs)})
+            stated = {key: value for key, value in array[name].attrs.items() if key not in ("bounds", "_FillValue")}  # edges are not kept
+            attrs = {"units": units, **stated, "standard_name": standard}
+            coordinate = array[name].variable.copy(deep=False)
+            coordinate.attrs = attrs
+            array = array.assign_coords({name: coordinate})
     mapping = str(array.attrs.get("grid_mapping") or array.encoding.get("grid_mapping") or "")
     if mapping in dataset.variables:
         array = array.assign_coords({mapping: dataset[mapping].drop_vars(list(dataset[mapping].coords))})
@@ -357,6 +369,12 @@ def _pick(dataset: xr.Dataset, spec: Wanted, path: str) -> xr.DataArray:
     for dim in (axes.y, axes.x):
         array = _ascending(array, dim, path)
     return array
+
+
+def _told_of_days(array: xr.DataArray) -> list[str]:
+    """Coordinates along time that tell days apart, such as a forcing or the name of a run: what a split or a condition may name."""
+    along = [str(name) for name, values in array.coords.items() if values.dims == ("time",) and name != "time"]
+    return [name for name in along if array[name].dtype.kind in "iufbUSO"]
 
 
 def _chunk_bytes(array: xr.DataArray) -> int:
@@ -377,6 +395,9 @@ def _ascending(array: xr.DataArray, dim: str, path: str) -> xr.DataArray:
         return array
     if (steps < 0).all():
         return array.isel({dim: slice(None, None, -1)})
+    eastward = np.unwrap(values, period=360)
+    if array[dim].attrs.get("standard_name") == "longitude" and (np.diff(eastward) > 0).all() and np.ptp(eastward) < 360 - steps.max():
+        return array.assign_coords({dim: (dim, eastward - 360 * (eastward[-1] >= 360), array[dim].attrs)})  # a region over the seam
     array = array.isel({dim: np.argsort(values, kind="stable")})
     if (np.diff(array[dim].values) <= 0).any():
         raise BadInput(f"{path}: coordinate {dim} has the same value twice, expected a monotonic axis")
@@ -459,8 +480,8 @@ def _within_time(array: xr.DataArray, period: Span | None, months: Sequence[int]
     return array.isel(time=_compact(kept))
 
 
-def _boxes(array: xr.DataArray, region: Mapping[str, Sequence[float]], path: str) -> list[xr.DataArray]:
-    """The cells inside `region`, as boxes from west to east: two where it crosses the seam of the file's longitudes.
+def _boxes(array: xr.DataArray, region: Mapping[str, Sequence[float]], isel: Mapping[str, Sequence[int]], path: str) -> list[xr.DataArray]:
+    """The cells [start, stop) of `isel` inside `region`, as boxes from west to east: two where it crosses the seam of the longitudes.
 
     Longitudes of a regular grid become those that ascend from the western edge of the region.
     """
@@ -488,12 +509,17 @@ def _boxes(array: xr.DataArray, region: Mapping[str, Sequence[float]], path: str
         covered = ", ".join(f"{key} {float(array[_coordinate(array, key, path)].min()):.6g}" for key in region)
         covered += " to " + ", ".join(f"{float(array[_coordinate(array, key, path)].max()):.6g}" for key in region)
         raise BadInput(f"{path}: no cell in the region { ({key: list(edges) for key, edges in region.items()}) }; the data cover {covered}")
+    if unknown := [dim for dim in isel if dim not in (y, x)]:
+        raise BadInput(f"{path}: isel names {unknown[0]}; {_present(unknown[0], (y, x))}")
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    rows, columns = np.arange(rows[0], rows[-1] + 1), np.arange(columns[0], columns[-1] + 1) if east is None else columns
+    if east is not None:
+        columns = columns[np.argsort(east[columns], kind="stable")]
+        columns = columns[np.concatenate([[True], np.diff(east[columns]) > EDGE])]  # a cyclic point, 0 and 360, is kept once
+    rows, columns = (_taken(cells, dim, isel, path) for cells, dim in ((rows, y), (columns, x)))
     array = array.isel({y: slice(rows[0], rows[-1] + 1)})
     if east is None:
         return [array.isel({x: slice(columns[0], columns[-1] + 1)})]
-    columns = columns[np.argsort(east[columns], kind="stable")]
-    columns = columns[np.concatenate([[True], np.diff(east[columns]) > EDGE])]  # a cyclic point, 0 and 360, is kept once
     boxes = []
     for part in np.split(columns, np.flatnonzero(np.diff(columns) != 1) + 1):
         longitude = (x, np.round(east[part], 9), array[x].attrs)
@@ -512,15 +538,14 @@ def _coordinate(array: xr.DataArray, key: str, path: str) -> str:
     raise BadInput(f"{path}: region names {key}; {_present(key, array.coords)}")
 
 
-def _take(array: xr.DataArray, isel: Mapping[str, Sequence[int]], path: str) -> xr.DataArray:
-    """Cells [start, stop) of the named horizontal dimensions."""
-    for dim, bounds in isel.items():
-        if dim not in array.dims[-2:]:
-            raise BadInput(f"{path}: isel names {dim}; {_present(dim, array.dims[-2:])}")
-        start, stop = bounds
-        if not 0 <= start < stop <= array.sizes[dim]:
-            raise BadInput(f"{path}: isel {dim}: expected 0 <= start < stop <= {array.sizes[dim]}, got {[start, stop]}")
-    return array.isel({dim: slice(*bounds) for dim, bounds in isel.items()})
+def _taken(cells: np.ndarray, dim: str, isel: Mapping[str, Sequence[int]], path: str) -> np.ndarray:
+    """Of the cells of one dimension those that `isel` asks for."""
+    if dim not in isel:
+        return cells
+    start, stop = isel[dim]
+    if not 0 <= start < stop <= len(cells):
+        raise BadInput(f"{path}: isel {dim}: expected 0 <= start < stop <= {len(cells)}, got {[start, stop]}")
+    return cells[start:stop]
 
 
 def _side_by_side(boxes: list[xr.DataArray]) -> xr.DataArray:
@@ -557,6 +582,8 @@ def _join(parts: list[xr.DataArray], name: str, where: str) -> xr.DataArray:
         raise BadInput(f"{where}: variable {name} has different calendars: {', '.join(sorted(calendars))}")
     joined = first
     if len(parts) > 1:
+        shared = set.intersection(*(set(part.coords) for part in parts))
+        parts = [part.drop_vars([name for name in part.coords if name not in shared and part[name].dims == ("time",)]) for part in parts]
         joined = xr.concat(parts, "time", coords="minimal", compat="override", join="override", combine_attrs="override")
     seconds = _seconds(joined["time"])
     if not np.isfinite(seconds).all():
@@ -591,7 +618,9 @@ def _merge(arrays: dict[str, xr.DataArray], where: str) -> xr.Dataset:
     calendars = {array["time"].dt.calendar for array in arrays.values() if "time" in array.dims}
     if len(calendars) > 1:
         raise BadInput(f"{where}: the variables have different calendars: {', '.join(sorted(calendars))}")
-    return xr.merge(arrays.values(), join="outer", compat="override", combine_attrs="override")
+    merged = xr.merge(arrays.values(), join="outer", compat="override", combine_attrs="override")
+    merged.attrs = {}  # those of one variable say nothing of the others
+    return merged
 
 
 # ---------------------------------------------------------------- units
@@ -618,6 +647,13 @@ def _to_units(array: xr.DataArray, spec: Wanted, where: str) -> xr.DataArray:
     return converted
 
 
+_USUAL_UNITS = {  # what pint reads as something else or not at all: degrees as angles, mb as millibarns
+    r"(deg(ree)?s?[ ._]*|°\s*)c(elsius)?|celsius": "degC",
+    r"(deg(ree)?s?[ ._]*)?k(elvin)?": "K",
+    r"mb": "mbar",
+}
+
+
 def conversion(stated: str, wanted: str, where: str) -> tuple[float, float]:
     """Scale and offset from one unit to another: `wanted = stated * scale + offset`.
 
@@ -630,8 +666,14 @@ def conversion(stated: str, wanted: str, where: str) -> tuple[float, float]:
     from cf_xarray.units import units  # here: half a second that most files do not need
 
     def parsed(text: str) -> Any:
+        scale, name = re.fullmatch(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?(?=\s+\D))?\s*(.*?)\s*", text, re.DOTALL).groups()  # type: ignore[union-attr]
+        for pattern, usual in _USUAL_UNITS.items():
+            name = usual if re.fullmatch(pattern, name, re.IGNORECASE) else name
         try:
-            return units.Quantity(np.array([0.0, 1.0]), units.Unit(text or "1"))
+            found = units.Quantity(np.array([0.0, 1.0]) * float(scale or 1), units.Unit(name or "1"))
+            if "[temperature]" in found.dimensionality and "degree" in found.units._units:
+                raise ValueError("a temperature times an angle")
+            return found
         except Exception as error:  # pint, its tokenizer and the UDUNITS preprocessor raise whatever they like on nonsense
             raise BadInput(f"{where}: unit {text!r} is not known, expected a UDUNITS one such as K, mm day-1, m s-1") from error
 
@@ -750,6 +792,16 @@ def _missing_steps(time: xr.DataArray, where: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- coarser
+
+
+def coordinate_of(dataset: xr.Dataset, kind: str) -> str | None:
+    """The coordinate that says it is the "latitude" or "longitude", else the one in degrees called lat or lon; None where there is none."""
+    for name, values in dataset.coords.items():
+        if values.attrs.get("standard_name") == kind and values.ndim:
+            return str(name)
+    plain = {"latitude": "lat", "longitude": "lon"}[kind]
+    in_degrees = plain in dataset.coords and str(dataset[plain].attrs.get("units", "")).startswith("degree")
+    return plain if in_degrees and "standard_name" not in dataset[plain].attrs else None
 
 
 def coarsened(dataset: xr.Dataset, factor: int | Sequence[int]) -> xr.Dataset:
@@ -988,7 +1040,7 @@ def _digest(path: Path) -> tuple[str, int]:
 def _licence(path: str) -> str:
     with _open(path, MAX_BYTES) as opened:
         found = next((value for key, value in opened.attrs.items() if str(key).lower() in ("license", "licence", "rights")), "")
-    return str(found) or "not stated"
+    return str(found)
 
 
 def _present(name: Any, known: Iterable[Any]) -> str:

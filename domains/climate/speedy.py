@@ -16,6 +16,8 @@ import xarray as xr
 GRAVITY = 9.80665  # m s-2, standard gravity (CGPM 1901)
 SURFACE_PRESSURE = 1e5  # Pa, the unit of jcm's normalised surface pressure
 BLOCK_DAYS = 10
+SPINUP_DAYS = 60  # from rest to a climate of its own
+ADJUST_DAYS = 35  # to a sea surface that was warmed at once
 FIRST_DAY = "2000-01-01"  # jcm's default start, in its 365.25-day calendar
 
 # name -> (units, CF standard name, what it is). "500" is sigma 0.51, "850" is sigma 0.835.
@@ -40,8 +42,8 @@ def simulate(
     days: int,
     sst_offset: float = 0.0,
     seed: int = 1,
-    spinup_days: int = 60,
-    adjust_days: int = 35,
+    spinup_days: int = SPINUP_DAYS,
+    adjust_days: int = ADJUST_DAYS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> xr.Dataset:
     """Daily means of a SPEEDY run with the sea surface warmed uniformly by `sst_offset` K.
@@ -67,7 +69,8 @@ def simulate(
     fields = [np.load(file, allow_pickle=False) for file in files]
     daily = {name: np.concatenate([block[name] for block in fields])[lead : lead + days] for name in OUTPUTS}
     time = np.datetime64(FIRST_DAY, "ns") + np.arange(lead, lead + days) * np.timedelta64(86400 * 10**9, "ns")
-    return _dataset(daily, statics, time, sst_offset, seed)
+    made_with = {"spinup_days": spinup_days, "adjust_days": adjust_days}
+    return _dataset(daily, statics, time, sst_offset, seed).assign_attrs(made_with)
 
 
 def _blocks(sst_offset: float, seed: int, spinup_days: int, files: list[Path]) -> tuple[dict[str, np.ndarray], Iterator[Path]]:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from domains.climate import embedded, sources, speedy
+from domains.climate import embedded, physics, sources, speedy
 from twinsim import mesh
 from twinsim.base import BadInput, makes_data
+from twinsim.build import config_hash
 
 
 def recorded(paths: Any, variables: Mapping[str, Any], licence: str = "", **selection: Any) -> xr.Dataset:
@@ -41,7 +42,8 @@ def patches(path: str, variable: str, units: str, licence: str = "", **cut: Any)
 
 def shipped(branches: Sequence[str], variables: Sequence[str]) -> xr.Dataset:
     """The SPEEDY runs that ship with twinsim; see `embedded.open_embedded`."""
-    return _with_inputs(embedded.open_embedded(tuple(branches), tuple(variables)), sources.inputs(embedded.DATA, "Apache-2.0"))
+    dataset = embedded.open_embedded(tuple(branches), tuple(variables)).assign_attrs(levels=physics.SIGMA)
+    return _with_inputs(dataset, sources.inputs(embedded.DATA, "Apache-2.0"))
 
 
 @makes_data
@@ -76,10 +78,10 @@ def simulated(
             with xr.open_dataset(path) as whole:
                 statics = whole[["orog", "lsm"]].load()
                 offset = float(whole.attrs["sst_offset_K"])
-                held, asked_for = (whole.sizes["time"], offset), (int(run["days"]), float(run.get("sst_offset", 0.0)))
-                if held != asked_for:
+                asked_for, held = _facts(run), {"days": whole.sizes["time"], "sst_offset": offset, **whole.attrs}
+                if other := [name for name, value in asked_for.items() if held.get(name, value) != value]:
                     raise BadInput(
-                        f"{path}: expected {asked_for[0]} days at {asked_for[1]:+g} K, it holds {held[0]} at {held[1]:+g} K;"
+                        f"{path}: {other[0]}: expected {asked_for[other[0]]:g} as configured, it was made with {held[other[0]]:g};"
                         " move it away to simulate again"
                     )
             length = part.sizes["time"]
@@ -87,7 +89,15 @@ def simulated(
             parts.append(part.assign_coords(branch=("time", [name] * length), sst_offset=("time", np.full(length, offset))))
             files.append(path)
     joined = xr.concat(parts, "time", data_vars="minimal", coords="minimal", compat="override", join="override")
-    return _with_inputs(joined.assign_attrs(source=parts[0].attrs.get("source", "jcm SPEEDY T31L8")), sources.inputs(files, "Apache-2.0"))
+    told = {"source": parts[0].attrs.get("source", "jcm SPEEDY T31L8"), "levels": physics.SIGMA}
+    return _with_inputs(joined.assign_attrs(told), sources.inputs(files, "Apache-2.0"))
+
+
+def _facts(run: Mapping[str, Any]) -> dict[str, float]:
+    """What a run is made with, by the names of `speedy.simulate`."""
+    usual = {"sst_offset": 0.0, "seed": 1, "spinup_days": speedy.SPINUP_DAYS, "adjust_days": speedy.ADJUST_DAYS}
+    made_with = {name: float(value) for name, value in {**usual, **run}.items()}
+    return made_with if made_with["sst_offset"] else {**made_with, "adjust_days": 0.0}
 
 
 def _simulate(path: Path, name: str, run: Mapping[str, Any], asked: Any) -> None:
@@ -100,7 +110,9 @@ def _simulate(path: Path, name: str, run: Mapping[str, Any], asked: Any) -> None
                 raise mesh.Preempted(f"asked to stop; {done} of {total} days of {name} are simulated, the same command goes on")
             update(done, total)
 
-        dataset = speedy.simulate(path.parent / f"{name}.blocks", **run, progress=show)
+        made_with = {fact: value for fact, value in _facts(run).items() if fact not in ("days", "adjust_days")}  # as blocks are
+        blocks = path.parent / f"{name}.blocks-{config_hash(made_with)}"
+        dataset = speedy.simulate(blocks, **run, progress=show)
     unfinished = path.with_suffix(".tmp")
     dataset.to_netcdf(unfinished)
     unfinished.rename(path)
@@ -122,5 +134,5 @@ def _pinned(files: Sequence[Mapping[str, Any]], dataset: xr.Dataset) -> list[Map
 
 def _with_inputs(dataset: xr.Dataset, files: Sequence[Mapping[str, Any]]) -> xr.Dataset:
     kept = [{("place" if key == "path" else key): value for key, value in file.items()} for file in files]
-    known = dataset.attrs.get("license") or "; ".join(sorted({str(file["licence"]) for file in kept}))
+    known = "; ".join(sorted({str(file["licence"]) for file in kept}))
     return dataset.assign_attrs(inputs=json.dumps(kept), license=known)
