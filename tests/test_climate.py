@@ -9,6 +9,7 @@ import xarray as xr
 
 from domains.climate import domain as climate
 from domains.climate import scores
+from domains.climate import truth as climate_truth
 from twinsim.base import BadInput
 
 
@@ -238,3 +239,8 @@ def test_the_answer_keeps_the_map_projection_and_names_cell_numbers():
     made = domain.dataset_of({"pr": answer["pr"][None]}, question)
     assert made["pr"].attrs["grid_mapping"] == "rotated_pole" and "rotated_pole" in made.coords
     assert made["y"].attrs == {"units": "1", "long_name": "cell number"}
+
+
+def test_levels_are_sigma_or_not_told():
+    with pytest.raises(BadInput, match="levels: expected sigma or nothing, got 'pressure'"):
+        climate_truth.recorded("nowhere.nc", {"tas": {"units": "K"}}, levels="pressure")

@@ -57,7 +57,8 @@ def test_runs_are_joined_with_their_warming_and_made_once(tmp_path: Path, asked:
     assert joined["branch"].values.tolist() == ["control"] * 3 + ["warm"] * 2
     np.testing.assert_array_equal(joined["sst_offset"], [0, 0, 0, 1.5, 1.5])
     np.testing.assert_array_equal(joined["tas"].mean(("lat", "lon")), [1, 1, 1, 2, 2])
-    assert joined["lsm"].dims == ("lat", "lon") and "ua500" not in joined
+    assert joined["lsm"].dims == ("lat", "lon") and "ua500" not in joined and joined.attrs["levels"] == "sigma"
+    assert truth.shipped(["control"], ["tas"]).attrs["levels"] == "sigma"  # or the balance would not be judged
     again = truth.simulated(str(tmp_path), RUNS, ["tas"], branches=["warm"])
     assert again["branch"].values.tolist() == ["warm"] * 2
     assert [folder.name.partition("-")[0] for folder in asked] == ["control.blocks", "warm.blocks"], "a run that is there is not made again"

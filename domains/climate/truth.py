@@ -19,9 +19,15 @@ from twinsim.base import BadInput, makes_data
 from twinsim.build import config_hash
 
 
-def recorded(paths: Any, variables: Mapping[str, Any], licence: str = "", **selection: Any) -> xr.Dataset:
-    """Any CF dataset that xarray opens, without a missing value; `variables` and `selection` as in `sources.open_cf`."""
-    dataset = _opened(paths, variables, licence, **selection)
+def recorded(paths: Any, variables: Mapping[str, Any], licence: str = "", levels: str = "", **selection: Any) -> xr.Dataset:
+    """Any CF dataset that xarray opens, without a missing value; `variables` and `selection` as in `sources.open_cf`. Raises BadInput.
+
+    Args:
+      levels: "sigma" where variables such as `ua500` lie on a sigma level of a model: the balance of wind and mass is then judged.
+    """
+    if levels not in ("", physics.SIGMA):
+        raise BadInput(f"levels: expected {physics.SIGMA} or nothing, got {levels!r}")
+    dataset = _opened(paths, variables, licence, **selection).assign_attrs({"levels": levels} if levels else {})
     for name, values in dataset.data_vars.items():
         if missing := int(np.isnan(values.values).sum()):
             raise BadInput(f"{paths}: gaps='keep' leaves {missing} missing values of {name}, expected none; use gaps='drop'")
