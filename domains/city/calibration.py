@@ -279,7 +279,7 @@ def read_trips(path: str | os.PathLike, network: Network) -> np.ndarray:
     if path.name.endswith(".tntp"):
         trips = tntp.read_trips(path).trips
     elif path.suffix == ".csv":
-        trips = _read_demand(path, network.zones)
+        trips = _read_demand(path, network.zone_names)
     elif path.suffix == ".npz":
         try:
             with files.opened(path) as file, np.load(io.BytesIO(file.read()), allow_pickle=False) as kept:
@@ -292,8 +292,8 @@ def read_trips(path: str | os.PathLike, network: Network) -> np.ndarray:
         raise BadInput(f"{path}: expected trips between {network.zones} zones, as the network has, got {list(trips.shape)}")
     wrong = np.argwhere(~(np.isfinite(trips) & (trips >= 0)))
     if len(wrong):
-        a, b = wrong[0]
-        raise BadInput(f"{path}: from zone {a + 1} to zone {b + 1}: expected trips of 0 or more, got {trips[a, b]:g}")
+        a, b = (network.zone_names[zone] for zone in wrong[0])
+        raise BadInput(f"{path}: from zone {a} to zone {b}: expected trips of 0 or more, got {trips[tuple(wrong[0])]:g}")
     return trips
 
 
@@ -366,7 +366,8 @@ def _write(found: Calibration, network: Network, prior: str, folder: Path) -> li
     with (folder / "gmns" / "demand.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("o_zone_id", "d_zone_id", "volume"))
-        table.writerows((a + 1, b + 1, repr(float(found.trips[a, b]))) for a, b in np.argwhere(found.trips > 0).tolist())
+        name = network.zone_names
+        table.writerows((name[a], name[b], repr(float(found.trips[a, b]))) for a, b in np.argwhere(found.trips > 0).tolist())
     np.savez_compressed(folder / "trips.npz", trips=found.trips, prior=found.prior, zone=network.node_id[network.zone])
     columns = {"counted": found.counts.flow, "prior": found.prior_flow, "fitted": found.flow, "GEH": found.after.geh}
     if found.held_out_flow is not None:
@@ -626,21 +627,26 @@ def _reach(network: Network, links: np.ndarray) -> tuple[list[np.ndarray], list[
     return comes, goes
 
 
-def _read_demand(path: Path, zones: int) -> np.ndarray:
+def _read_demand(path: Path, zones: list[str]) -> np.ndarray:
+    """Trips between zones, which the file calls by the names `zones`, `[zone, zone]`."""
     reader = csv.DictReader(files.lines(path), strict=True)
-    trips = np.zeros((zones, zones))
+    trips = np.zeros((len(zones), len(zones)))
+    index = {name: k for k, name in enumerate(zones)}
     try:
         if missing := {"o_zone_id", "d_zone_id", "volume"} - set(reader.fieldnames or ()):
             raise BadInput(f"{path}: expected columns o_zone_id, d_zone_id and volume, found no {sorted(missing)[0]}")
         for row in reader:
             where = f"{path} line {reader.line_num}"
             try:
-                ends, volume = (int(row["o_zone_id"]), int(row["d_zone_id"])), float(row["volume"])
-            except (TypeError, ValueError):
-                raise BadInput(f"{where}: expected two zone numbers and a volume, got {list(row.values())}") from None
-            if not all(1 <= end <= zones for end in ends):
-                raise BadInput(f"{where}: expected zones 1 to {zones}, got {ends[0]} and {ends[1]}")
-            trips[ends[0] - 1, ends[1] - 1] += volume
+                ends, volume = [row[key].strip() for key in ("o_zone_id", "d_zone_id")], float(row["volume"])
+            except (AttributeError, TypeError, ValueError):
+                raise BadInput(f"{where}: expected two zones and a volume, got {list(row.values())}") from None
+            for end in ends:
+                if end not in index:
+                    raise BadInput(
+                        f"{where}: the network has no zone {end!r}; its zones are {', '.join(zones[:8])}{', ...' * (len(zones) > 8)}"
+                    )
+            trips[index[ends[0]], index[ends[1]]] += volume
     except csv.Error as error:
         raise BadInput(f"{path} line {reader.line_num}: expected CSV, got: {error}") from None
     return trips

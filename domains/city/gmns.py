@@ -30,7 +30,7 @@ def write_network(network: Network, folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     crs = "WGS84" if network.lon is not None else f"EPSG:{_epsg(network.utm)}" if network.utm else "local metres"
-    zone_of = {int(node): k + 1 for k, node in enumerate(network.zone)}
+    zone_of = dict(zip(network.zone.tolist(), network.zone_names, strict=True))
     x, y = (network.x, network.y) if network.lon is None or network.lat is None else (network.lon, network.lat)
     through, utm = int(network.through_zones), network.utm if network.utm is not None else ""
     written = [
@@ -47,7 +47,7 @@ def write_network(network: Network, folder: str | os.PathLike) -> list[Path]:
     ]
     if network.population is not None or network.jobs is not None:
         columns = [(key, value) for key in ("population", "jobs") if (value := getattr(network, key)) is not None]
-        rows = ((k + 1, *(_text(value[k]) for _, value in columns)) for k in range(network.zones))
+        rows = ((name, *(_text(value[k]) for _, value in columns)) for k, name in enumerate(network.zone_names))
         written.append(_write(folder / "zone.csv", ("zone_id", *(key for key, _ in columns)), rows))
     if network.turn_bans is not None:
         bans = network.turn_bans.tolist()
@@ -81,6 +81,7 @@ def read_network(folder: str | os.PathLike) -> Network:
         raise BadInput(f"{folder / 'node.csv'}: expected each node_id once, got {twice!r} twice")
     centroids = [k for k, zone in enumerate(zone_ids) if zone and ("centroid" in kinds[k] or not any("centroid" in kind for kind in kinds))]
     centroids.sort(key=lambda k: (len(zone_ids[k]), zone_ids[k]))  # 2 before 10
+    zones = [zone_ids[k] for k in centroids]
 
     table: dict[str, list] = {key: [] for key in ("start", "end", "length", "free_speed", "capacity", "lanes", "alpha", "beta", "toll")}
     table |= {key: [] for key in ("link_id", "name", "kind", "shape")}
@@ -107,13 +108,14 @@ def read_network(folder: str | os.PathLike) -> Network:
         **{key: np.array(table[key]) for key in keys},
         node_id=np.array(node_id),
         zone=np.array(centroids, np.int64),
+        zone_id=None if zones == [str(k + 1) for k in range(len(zones))] else zones,
         through_zones=(config.get("through_zones") or "0") not in ("0", "false"),
         toll=toll if toll.any() else None,
         shape=shapes,
         turn_bans=_moves(folder, table["link_id"]),
         source=config.get("dataset_name") or f"GMNS {folder.name}",
         **position,
-        **_zone_table(folder, [zone_ids[k] for k in centroids]),
+        **_zone_table(folder, zones),
     )
 
 
