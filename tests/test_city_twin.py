@@ -302,6 +302,32 @@ def test_closing_everything_is_refused(twin):
         twin.ask(scenario({"do": "close", "districts": ["Harbour"]}, {"do": "close", "streets": ["Ring Road"]}), None)
 
 
+def test_one_low_emission_zone_names_all_its_districts(twin):
+    zone = {"do": "low_emission_zone", "districts": ["Harbour"]}
+    with pytest.raises(BadInput, match="expected one of them, which names all its districts, got a second one"):
+        twin.ask(scenario({**zone, "districts": [twin.place.zone_name[1]]}, both=[zone]), None)
+
+
+def test_what_is_expected_of_a_counted_link_is_its_flow_on_the_usual_day(twin, network):
+    """With banned vehicles that go round, fewer trips, an event and a charge, before the change."""
+    both = [
+        {"do": "low_emission_zone", "districts": ["Harbour"], "diesel": 6, "petrol": 6},
+        {"do": "modal_shift", "share": 0.3},
+        {"do": "event", "district": "Harbour", "visitors": 4000, "period": "evening"},
+        {"do": "cordon_charge", "districts": ["Harbour"], "euro": 2.0},
+    ]
+    counted = [{"link": str(network.link_id[link]), "period": "evening", "vehicles": 1.0, "error": 1.0} for link in twin.place.roads[::5]]
+    question = twin.ask(scenario({"do": "electric_share", "share": 0.5}, both=both, counts=counted[:60]), None)
+    sample, condition = twin.days(twin.rows("train"))
+    usual = {name: values[condition["weekday"] == 2].mean(0) for name, values in sample.items()}
+    (observed,) = question.constrain(lambda target: usual, {})
+    state = interventions.City(**{f.name: question.condition[f"city_{f.name}"][0] for f in dataclasses.fields(interventions.City)})
+    day = traffic.day(network, twin.place.delay, np.stack(list(usual.values())), days.LENGTHS, state, traffic.Response(), 1e-4)
+    flow = day.flow[0, 2].sum(0)[twin.place.roads[::5][:60]]
+    assert flow.max() > 100
+    np.testing.assert_allclose(observed.operator(None), flow, atol=0.01 * flow.max())  # equilibria to a gap of 1e-4
+
+
 def test_what_holds_before_and_after_changes_both(twin):
     event = {"do": "event", "district": "Harbour", "visitors": 1000, "period": "evening"}
     question = twin.ask(scenario({"do": "modal_shift", "share": 0.1}, both=[event]), None)
