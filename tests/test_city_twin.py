@@ -15,7 +15,8 @@ import xarray as xr
 from domains.city import days, emissions, gmns, interventions, outputs, place, questions, results, traffic
 from domains.city.domain import COUNTING, CityTwin, _shared
 from domains.city.interventions import FAILS, MEETS
-from domains.city.weather import Winds
+from domains.city.network import build
+from domains.city.weather import STABILITIES, Winds
 from twinsim import cli
 from twinsim.base import BadInput
 
@@ -273,6 +274,38 @@ def test_half_the_exhaust_is_half_of_what_traffic_adds(twin):
     assert (added >= -1e-4).all() and (np.asarray(outcome["air_NO2"]) <= air + 1e-3).all()
     ratio = emitted[:, 1].sum(-1) / emitted[:, 0].sum(-1)
     np.testing.assert_allclose(added[:, 1].sum(-1) / added[:, 0].sum(-1), ratio, rtol=0.02)  # the fleet is the same everywhere
+
+
+def bent(**given):
+    """A place with a road of 2422 m between points 1000 m apart, drawn over a bend, and its halves as two straight roads of 1000 m."""
+    x, y = [0.0, 1000.0, 500.0], [0.0, 0.0, np.sqrt(0.75) * 1000]
+    network = build(start=[0, 0, 2], end=[1, 2, 1], length=[2422.0, 1000, 1000], x=x, y=y, zone=[0, 1], population=[1.0, 1.0], **given)
+    points = np.array([[480.0, 100.0], [400.0, 900.0], [1500.0, 300.0]])
+    return place.Place(network, ("a", "b"), points, np.ones(3), np.zeros(3, int), np.zeros(3))
+
+
+def test_a_road_emits_along_its_course_and_all_that_its_length_makes(monkeypatch):
+    monkeypatch.setattr("domains.city.weather.BLOCK", 2)
+    a, b, c = np.array([[0.0, 0.0], [1000.0, 0.0], [500.0, np.sqrt(0.75) * 1000]])
+    drawn, straight = (
+        Winds(bent(**given), stabilities=STABILITIES[:1]).unit
+        for given in ({"shape": (np.array([a, c, b]), np.array([a, c]), np.array([c, b]))}, {})
+    )
+    assert drawn.shape == (12, 3, 3)
+    np.testing.assert_allclose(drawn[..., 0], 1.211 * drawn[..., 1:].sum(-1), rtol=1e-4)  # 2422 m on 2000 m of drawn road
+    np.testing.assert_allclose(drawn[..., 1:], straight[..., 1:], rtol=1e-4)
+    shorter = bent()
+    shorter.network.length[0] = 1000.0
+    np.testing.assert_allclose(straight[..., 0], 2.422 * Winds(shorter, stabilities=STABILITIES[:1]).unit[..., 0], rtol=1e-4)
+
+
+def test_nobody_lives_on_a_road_that_bends():
+    a, b, c = np.array([[0.0, 0.0], [1000.0, 0.0], [500.0, 500.0]])
+    network = bent(shape=(np.array([a, c, b]), np.array([a, c]), np.array([c, b]))).network
+    grid, _, _ = place._receptors(network, 50.0, np.arange(2), np.array([500.0, 250.0]), 600.0)
+    on_chord = (np.abs(grid[:, 1]) < 1) & (grid[:, 0] > 100) & (grid[:, 0] < 900)
+    on_bend = np.abs(np.abs(grid[:, 0] - 500) - (500 - grid[:, 1])) < 12 * np.sqrt(2)
+    assert on_chord.any() and not (on_bend & (grid[:, 1] > 0)).any()
 
 
 # ---------------------------------------------------------------- questions

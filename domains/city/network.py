@@ -223,6 +223,16 @@ def reached(network: Network) -> np.ndarray:
     return answer
 
 
+def courses(network: Network, links: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The straight pieces that links run along: their ends, m, `[piece, 2]` each, and the index in `links` of whose they are, `[piece]`."""
+    if network.shape is None:
+        xy = np.stack([network.x, network.y], axis=1)
+        return xy[network.start[links]], xy[network.end[links]], np.arange(len(links))
+    shapes = [network.shape[link] for link in links]
+    owner = np.repeat(np.arange(len(links)), [len(points) - 1 for points in shapes])
+    return np.concatenate([points[:-1] for points in shapes]), np.concatenate([points[1:] for points in shapes]), owner
+
+
 def select(network: Network, keep: np.ndarray) -> Network:
     """The network with the links `keep` (mask or indices, `[link]`) alone; all nodes stay, bans of lost links go."""
     links = np.arange(network.links)[keep]

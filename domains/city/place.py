@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 
 from domains.city import synthetic as made_up
 from domains.city.equilibrium import equilibrium
-from domains.city.network import Network, check, find_street
+from domains.city.network import Network, check, courses, find_street
 from domains.city.readers import read_network
 from domains.city.simplify import prepare
 from twinsim.base import BadInput
@@ -173,6 +173,12 @@ def _peopled(network: Network, population: float) -> Network:
     return replace(network, population=population * share / share.sum(), jobs=0.5 * population * share / share.sum())
 
 
+def _apart(point: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+    """Distance of a point, `[2]`, from the nearest of the lines from `a` to `b`, `[line, 2]`, m."""
+    along = np.clip(((point - a) * (b - a)).sum(1) / np.maximum(((b - a) ** 2).sum(1), 1e-9), 0, 1)
+    return float(np.hypot(*(point - a - along[:, None] * (b - a)).T).min())
+
+
 def _receptors(
     network: Network, spacing: float, zones: np.ndarray, centre: np.ndarray, radius: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -182,11 +188,9 @@ def _receptors(
     steps = np.arange(-np.floor(radius / spacing), np.floor(radius / spacing) + 1) * spacing
     grid = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2) + centre
     xy = np.stack([network.x, network.y], axis=1)
-    roads = network.kind != CONNECTOR
-    a, b = xy[network.start[roads]], xy[network.end[roads]]
-    along = np.clip(np.einsum("rld,ld->rl", grid[:, None] - a, b - a) / np.maximum(((b - a) ** 2).sum(1), 1e-9), 0, 1)
-    apart = np.linalg.norm(grid[:, None] - (a + along[..., None] * (b - a)), axis=-1).min(1)
-    grid = grid[(np.hypot(*(grid - centre).T) <= radius) & (apart >= NEAREST)]
+    grid = grid[np.hypot(*(grid - centre).T) <= radius]
+    a, b, _ = courses(network, np.flatnonzero(network.kind != CONNECTOR))
+    grid = grid[np.array([_apart(point, a, b) >= NEAREST for point in grid], bool)]
     if not len(grid):
         raise BadInput(f"receptors: no point of a grid of {spacing:g} m lies {NEAREST:g} m or more from every road; expected a finer one")
     assert network.population is not None
