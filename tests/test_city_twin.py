@@ -97,6 +97,16 @@ def test_a_record_is_read_back_and_what_is_wrong_in_it_is_named(twin, tmp_path):
         days.recorded(twin.place, str(tmp_path / "text.nc"))
 
 
+def test_every_table_of_a_folder_is_an_input(tmp_path):
+    gmns.write_network(place.made_up.city(1, **SMALL).network, tmp_path)
+    inputs = place.read(str(tmp_path), spacing=500.0, licence="ODbL-1.0").inputs
+    assert {each["name"] for each in inputs} == {"node.csv", "link.csv", "config.csv", "zone.csv"}
+    assert all(each["licence"] == "ODbL-1.0" and len(each["sha256"]) == 64 and each["size"] > 20 for each in inputs)
+    (tmp_path / "link.csv").write_text((tmp_path / "link.csv").read_text().replace("50.0", "30.0"))
+    changed = place.read(str(tmp_path), spacing=500.0).inputs
+    assert [a["name"] for a, b in zip(inputs, changed, strict=True) if a["sha256"] != b["sha256"]] == ["link.csv"]
+
+
 def test_what_pairs_share_is_told_from_counting():
     """Three shared directions of known variance in counting noise: found, and their variance freed of the noise to some per cent."""
     random = np.random.default_rng(0)

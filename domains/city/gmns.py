@@ -25,6 +25,9 @@ _Projection = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 _CONFIG = ("dataset_name", "short_length", "long_length", "speed", "crs", "geometry_field_format", "id_type", "through_zones", "utm_zone")
 
 
+TABLES = ("node.csv", "link.csv", "config.csv", "zone.csv", "movement.csv")  # that are read, where they are there
+
+
 def write_network(network: Network, folder: str | os.PathLike) -> list[Path]:
     """Writes node.csv, link.csv, config.csv and, where there are any, zone.csv and movement.csv; gives their paths."""
     folder = Path(folder)

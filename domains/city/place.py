@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial import cKDTree
 
+from domains.city import gmns
 from domains.city import synthetic as made_up
 from domains.city.equilibrium import equilibrium
 from domains.city.network import Network, check, courses, find_street
@@ -148,8 +149,7 @@ def read(path: str, zones: int = 24, spacing: float = 330.0, population: float |
     radius = float(np.quantile(np.hypot(network.x - centre[0], network.y - centre[1]), 0.98))
     receptors, people, zone_of = _receptors(network, spacing, np.arange(network.zones), centre, radius)
     place = Path(path)
-    digest = hashlib.sha256(place.read_bytes()).hexdigest() if place.is_file() else ""
-    inputs = [{"name": place.name, "place": str(place), "licence": licence, "sha256": digest, "size": place.stat().st_size}]
+    read_from = [file for name in gmns.TABLES if (file := place / name).is_file()] if place.is_dir() else [place]
     names = tuple(f"Zone {name}" for name in network.node_id[network.zone])
     return Place(
         network,
@@ -161,8 +161,13 @@ def read(path: str, zones: int = 24, spacing: float = 330.0, population: float |
         None,
         licence,
         network.source or place.name,
-        inputs if digest else (),
+        [_input(file, licence) for file in read_from],
     )
+
+
+def _input(file: Path, licence: str) -> dict[str, Any]:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"name": file.name, "place": str(file), "licence": licence, "sha256": digest, "size": file.stat().st_size}
 
 
 def _peopled(network: Network, population: float) -> Network:
