@@ -338,6 +338,17 @@ def test_what_a_scenario_cannot_mean_is_said_in_a_sentence(twin, wanted, says):
         twin.ask(scenario(wanted), None)
 
 
+def test_a_day_that_was_never_recorded_is_refused_and_rain_that_was_not_is_told(twin):
+    workday = days.weekday_of(twin.record["time"].values) < 5
+    dry = dataclasses.replace(twin, record=twin.record.isel(time=workday).assign(rain=twin.record["rain"][workday] * 0))
+    wish = {"do": "modal_shift", "share": 0.1}
+    with pytest.raises(BadInput, match="weekday: expected one that the record has for training, Monday, .*, Friday, got Saturday"):
+        dry.ask(scenario(wish, weekday="Saturday"), None)
+    told = "The record has no rain: the trips are those of dry days."
+    assert told in dry.ask(scenario(wish, rain=5.0), None).notes and told not in dry.ask(scenario(wish), None).notes
+    assert told not in twin.ask(scenario(wish, rain=5.0), None).notes
+
+
 def test_closing_everything_is_refused(twin):
     with pytest.raises(BadInput, match="it closes every road of the city"):
         twin.ask(scenario({"do": "close", "districts": list(twin.place.zone_name)}), None)

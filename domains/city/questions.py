@@ -10,7 +10,7 @@ import numpy as np
 import pydantic
 
 from domains.city import interventions
-from domains.city.days import LENGTHS, PERIODS, WEEKDAYS
+from domains.city.days import LENGTHS, PERIODS, WEEKDAYS, weekday_of
 from domains.city.equilibrium import Paths, equilibria
 from domains.city.interventions import City as State
 from domains.city.network import check, reached, select
@@ -175,6 +175,13 @@ class CityQuestion(Question):
 def ask(twin: "CityTwin", scenario: CityScenario) -> CityQuestion:
     """A checked scenario as the conditions of one day, `[1, ...]`: the kind of day, and the city before and after. Raises BadInput."""
     network = twin.place.network
+    learnt = twin.record.isel(time=twin.rows("train"))
+    known = np.unique(weekday_of(learnt["time"].values))
+    if WEEKDAYS.index(scenario.weekday) not in known:
+        names = ", ".join(WEEKDAYS[day] for day in known)
+        raise BadInput(
+            f"scenario {scenario.title!r}: weekday: expected one that the record has for training, {names}, got {scenario.weekday}"
+        )
     toll = np.zeros(network.links) if network.toll is None else network.toll
     state = interventions.base(
         network.free_speed, network.capacity, toll, network.zones, len(PERIODS), twin.fleet, len(twin.place.receptors)
@@ -197,7 +204,10 @@ def ask(twin: "CityTwin", scenario: CityScenario) -> CityQuestion:
     coords = {"time": ("time", np.array([_next(scenario.weekday)]).astype("datetime64[ns]"))}
     changes = [_words(each) for each in scenario.interventions]
     constrain, misses = _counted(twin, scenario, before) if scenario.counts else (None, None)
-    return CityQuestion(condition, scenario.members, coords, scenario.title, constrain, misses, _notes(scenario), changes)
+    notes = _notes(scenario)
+    if rain and not learnt["rain"].values.any():
+        notes.append("The record has no rain: the trips are those of dry days.")
+    return CityQuestion(condition, scenario.members, coords, scenario.title, constrain, misses, notes, changes)
 
 
 def _counted(twin: "CityTwin", scenario: CityScenario, before: State) -> tuple[Any, Any]:
