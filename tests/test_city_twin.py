@@ -82,6 +82,12 @@ def test_a_record_is_read_back_and_what_is_wrong_in_it_is_named(twin, tmp_path):
     read = days.recorded(twin.place, str(path), "CC-BY-4.0")
     np.testing.assert_array_equal(read["trips"].values, twin.record["trips"].values)
     assert read.attrs["license"] == "CC-BY-4.0" and len(read.attrs["inputs"][0]["sha256"]) == 64
+    within = twin.record.drop_attrs().copy(deep=True)
+    within["trips"][:2, 0, 1, 1] = 50.0
+    within.to_netcdf(tmp_path / "within.nc")
+    read = days.recorded(twin.place, str(tmp_path / "within.nc"))
+    np.testing.assert_array_equal(read["trips"].values, twin.record["trips"].values)
+    assert f", without the 100 of {twin.record['trips'].values.sum() + 100:,.0f} trips within zones" in read.attrs["source"]
     first, second = twin.place.zone_name[1], twin.place.zone_name[2]
     for value in (np.nan, -3.0):
         broken = twin.record.drop_attrs().copy(deep=True)

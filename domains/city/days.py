@@ -90,7 +90,10 @@ def simulated(place: Place, start: str = "2023-01-01", days: int = 730, seed: in
 
 
 def recorded(place: Place, path: str, licence: str = "not stated") -> xr.Dataset:
-    """A record from a NetCDF file: `trips` (time, period, origin, destination), vehicles; `rain` (time), mm, if any. Raises BadInput."""
+    """A record from a NetCDF file: `trips` (time, period, origin, destination), vehicles; `rain` (time), mm, if any. Raises BadInput.
+
+    Trips within a zone use no link: they are left out, and the record's source says how many.
+    """
     file = Path(path)
     if not file.is_file():
         raise BadInput(f"{path}: expected a NetCDF file with recorded trips, found nothing")
@@ -119,7 +122,11 @@ def recorded(place: Place, path: str, licence: str = "not stated") -> xr.Dataset
     if rain.shape != (len(trips),) or not (np.isfinite(rain) & (rain >= 0)).all():
         raise BadInput(f"{path}: expected rain (time) of 0 mm or more")
     digest = {"name": file.name, "place": str(file), "licence": licence, "size": file.stat().st_size}
-    made = _record(trips, rain, record["time"].values.astype("datetime64[D]"), place, f"recorded in {file.name}", licence)
+    within = float(np.einsum("dpzz->", trips.astype(float)))
+    source = f"recorded in {file.name}" + (
+        f", without the {within:,.0f} of {trips.sum(dtype=float):,.0f} trips within zones" if within else ""
+    )
+    made = _record(_without_diagonal(trips), rain, record["time"].values.astype("datetime64[D]"), place, source, licence)
     return made.assign_attrs(inputs=[{**digest, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}])
 
 
@@ -148,8 +155,8 @@ def _by_period(purpose: str, kind: demand.Day) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _without_diagonal(trips: np.ndarray) -> np.ndarray:
-    """Ways within a zone use no link and are left out."""
-    return trips * (1 - np.eye(len(trips)))
+    """Ways within a zone use no link and are left out; `[..., zone, zone]`."""
+    return trips * (1 - np.eye(trips.shape[-1], dtype=trips.dtype))
 
 
 def _rain(random: np.random.Generator, days: int) -> np.ndarray:
