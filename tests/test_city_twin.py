@@ -88,6 +88,16 @@ def test_a_record_is_read_back_and_what_is_wrong_in_it_is_named(twin, tmp_path):
     read = days.recorded(twin.place, str(tmp_path / "within.nc"))
     np.testing.assert_array_equal(read["trips"].values, twin.record["trips"].values)
     assert f", without the 100 of {twin.record['trips'].values.sum() + 100:,.0f} trips within zones" in read.attrs["source"]
+    named = twin.record.drop_attrs().assign_coords(destination=list(twin.place.zone_name))
+    turned = named.isel(period=slice(None, None, -1), origin=slice(None, None, -1), destination=slice(None, None, -1))
+    turned.to_netcdf(tmp_path / "turned.nc")
+    np.testing.assert_array_equal(days.recorded(twin.place, str(tmp_path / "turned.nc"))["trips"].values, twin.record["trips"].values)
+    named.assign_coords(origin=["Nowhere", *twin.place.zone_name[1:]]).to_netcdf(tmp_path / "nowhere.nc")
+    with pytest.raises(BadInput, match="origin: expected .*, each once, or no names, got 'Nowhere'"):
+        days.recorded(twin.place, str(tmp_path / "nowhere.nc"))
+    twin.record.drop_attrs().drop_vars("time").to_netcdf(tmp_path / "timeless.nc")
+    with pytest.raises(BadInput, match="expected a coordinate time of dates"):
+        days.recorded(twin.place, str(tmp_path / "timeless.nc"))
     first, second = twin.place.zone_name[1], twin.place.zone_name[2]
     for value in (np.nan, -3.0):
         broken = twin.record.drop_attrs().copy(deep=True)

@@ -92,6 +92,7 @@ def simulated(place: Place, start: str = "2023-01-01", days: int = 730, seed: in
 def recorded(place: Place, path: str, licence: str = "not stated") -> xr.Dataset:
     """A record from a NetCDF file: `trips` (time, period, origin, destination), vehicles; `rain` (time), mm, if any. Raises BadInput.
 
+    What has names, `period`, `origin` or `destination`, is put in the order of this city's by them; what has none is in that order.
     Trips within a zone use no link: they are left out, and the record's source says how many.
     """
     file = Path(path)
@@ -109,6 +110,10 @@ def recorded(place: Place, path: str, licence: str = "not stated") -> xr.Dataset
     for name, size in expected.items():
         if record.sizes[name] != size:
             raise BadInput(f"{path}: expected {size} along {name}, got {record.sizes[name]}")
+        if name in record.coords:
+            record = record.isel({name: _order(path, name, record[name].values, place)})
+    if "time" not in record.coords or record["time"].dtype.kind != "M" or np.isnat(record["time"].values).any():
+        raise BadInput(f"{path}: expected a coordinate time of dates, as CF has them (days since 2023-01-01), got none")
     trips = record["trips"].values.astype(np.float32)
     wrong = np.argwhere(~(np.isfinite(trips) & (trips >= 0)))
     if len(wrong):
@@ -128,6 +133,18 @@ def recorded(place: Place, path: str, licence: str = "not stated") -> xr.Dataset
     )
     made = _record(_without_diagonal(trips), rain, record["time"].values.astype("datetime64[D]"), place, source, licence)
     return made.assign_attrs(inputs=[{**digest, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}])
+
+
+def _order(path: str, name: str, found: np.ndarray, place: Place) -> list[int]:
+    """Where the city's periods or zones stand among those found. Raises BadInput."""
+    wanted = [period.name for period in PERIODS] if name == "period" else list(place.zone_name)
+    names = [str(each) for each in found]
+    if sorted(names) != sorted(wanted):
+        odd = next((each for each in names if each not in wanted or names.count(each) > 1), "")
+        raise BadInput(
+            f"{path}: {name}: expected {', '.join(wanted[:5])}{', ...' * (len(wanted) > 5)}, each once, or no names, got {odd!r}"
+        )
+    return [names.index(each) for each in wanted]
 
 
 def _record(trips: np.ndarray, rain: np.ndarray, date: np.ndarray, place: Place, source: str, licence: str) -> xr.Dataset:
