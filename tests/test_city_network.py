@@ -551,6 +551,27 @@ def test_gmns_says_what_is_wrong(tmp_path, file, old, new, message):
         gmns.read_network(tmp_path)
 
 
+def test_gmns_zones_are_one_node_each_and_open_unless_they_are_centroids(tmp_path):
+    node = "node_id,x_coord,y_coord,node_type,zone_id\na,0,200,{},2\nb,900,200,{},1\nc,1800,200,{},{}\n"
+    (tmp_path / "link.csv").write_text("link_id,from_node_id,to_node_id,directed,length\n1,a,b,0,0.9\n2,b,c,0,0.9\n")
+    (tmp_path / "node.csv").write_text(node.format("", "", "", 3))
+    network = gmns.read_network(tmp_path)
+    check(network)
+    assert network.through_zones and network.node_id[network.zone].tolist() == ["b", "a", "c"]
+    (tmp_path / "node.csv").write_text(node.format(*["centroid"] * 3, 3))
+    with pytest.raises(
+        BadInput, match=r"no way from zone a to c.*nobody drives through a centroid here \(through_zones of a GMNS config.csv"
+    ):
+        check(gmns.read_network(tmp_path))
+    (tmp_path / "config.csv").write_text("through_zones\n1\n")
+    check(gmns.read_network(tmp_path))
+    (tmp_path / "node.csv").write_text(node.format("", "", "", 1))
+    with pytest.raises(BadInput, match="expected one node a zone, got b and c with zone_id '1'; node_type centroid marks"):
+        gmns.read_network(tmp_path)
+    (tmp_path / "node.csv").write_text(node.format("centroid", "centroid", "", 1))
+    assert gmns.read_network(tmp_path).zones == 2
+
+
 def test_gmns_two_way_links_miles_and_defaults(tmp_path):
     (tmp_path / "config.csv").write_text("long_length,speed\nmi,mph\n")
     (tmp_path / "node.csv").write_text("node_id,x_coord,y_coord,zone_id\na,9.0,50.0,1\nb,9.01,50.0,2\n")

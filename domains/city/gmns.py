@@ -6,6 +6,7 @@ in seconds of travel time, and `prohibited` in movement.csv, which lists turn ba
 """
 
 import csv
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -63,7 +64,8 @@ def read_network(folder: str | os.PathLike) -> Network:
     """The network of a GMNS folder. Raises BadInput.
 
     Positions within degrees are taken as WGS84 unless config.csv names another system. A node is a zone where it has a zone_id and is a
-    centroid, or, where no node says centroid, where it has one at all. What a link lacks comes from its class.
+    centroid, or, where no node says centroid, where it has one at all; in the first case nobody drives through it, unless `through_zones`
+    of config.csv says otherwise. What a link lacks comes from its class.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -82,9 +84,16 @@ def read_network(folder: str | os.PathLike) -> Network:
     if len(index) != len(node_id):
         twice = next(node for k, node in enumerate(node_id) if index[node] != k)
         raise BadInput(f"{folder / 'node.csv'}: expected each node_id once, got {twice!r} twice")
-    centroids = [k for k, zone in enumerate(zone_ids) if zone and ("centroid" in kinds[k] or not any("centroid" in kind for kind in kinds))]
+    marked = any("centroid" in kind for kind in kinds)
+    centroids = [k for k, zone in enumerate(zone_ids) if zone and ("centroid" in kinds[k] or not marked)]
     centroids.sort(key=lambda k: (len(zone_ids[k]), zone_ids[k]))  # 2 before 10
     zones = [zone_ids[k] for k in centroids]
+    for a, b in itertools.pairwise(centroids):
+        if zone_ids[a] == zone_ids[b]:
+            raise BadInput(
+                f"{folder / 'node.csv'}: expected one node a zone, got {node_id[a]} and {node_id[b]} with zone_id {zone_ids[a]!r}; "
+                "node_type centroid marks the one that stands for it"
+            )
 
     table: dict[str, list] = {key: [] for key in ("start", "end", "length", "free_speed", "capacity", "lanes", "alpha", "beta", "toll")}
     table |= {key: [] for key in ("link_id", "name", "kind", "shape")}
@@ -112,7 +121,7 @@ def read_network(folder: str | os.PathLike) -> Network:
         node_id=np.array(node_id),
         zone=np.array(centroids, np.int64),
         zone_id=None if zones == [str(k + 1) for k in range(len(zones))] else zones,
-        through_zones=(config.get("through_zones") or "0") not in ("0", "false"),
+        through_zones=(config.get("through_zones") or str(int(not marked))) not in ("0", "false"),
         toll=toll if toll.any() else None,
         shape=shapes,
         turn_bans=_moves(folder, table["link_id"]),

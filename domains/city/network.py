@@ -314,7 +314,8 @@ def _check_ways(network: Network, trips: np.ndarray) -> None:
     names = network.node_id[network.zone]
     some = ", ".join(f"{names[a]} to {names[b]}" for a, b in lost[:3])
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-    raise BadInput(f"network is broken: no way from zone {some}{more}; expected every zone to reach those it has trips to")
+    closed = "" if network.through_zones else "; nobody drives through a centroid here (through_zones of a GMNS config.csv)"
+    raise BadInput(f"network is broken: no way from zone {some}{more}; expected every zone to reach those it has trips to{closed}")
 
 
 def _refuse(network: Network, wrong: np.ndarray, expected: str, value: np.ndarray) -> None:
