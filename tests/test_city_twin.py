@@ -325,6 +325,15 @@ def test_a_road_emits_along_its_course_and_all_that_its_length_makes(monkeypatch
     np.testing.assert_allclose(straight[..., 0], 2.422 * Winds(shorter, stabilities=STABILITIES[:1]).unit[..., 0], rtol=1e-4)
 
 
+def test_everybody_lives_somewhere():
+    """Zones nearer to each other than the points of air: what has none of its own counts at the nearest."""
+    town = place.made_up.city(1, **SMALL).network
+    for spacing in (300.0, 1200.0):
+        grid, people, zone_of = place._receptors(town, spacing, np.arange(town.zones), np.zeros(2), 2500.0)
+        assert people.sum() == pytest.approx(town.population.sum())
+    assert len(np.unique(zone_of)) < town.zones
+
+
 def test_nobody_lives_on_a_road_that_bends():
     a, b, c = np.array([[0.0, 0.0], [1000.0, 0.0], [500.0, 500.0]])
     network = bent(shape=(np.array([a, c, b]), np.array([a, c]), np.array([c, b]))).network

@@ -14,6 +14,7 @@ from scipy.spatial import cKDTree
 from domains.city import gmns
 from domains.city import synthetic as made_up
 from domains.city.equilibrium import equilibrium
+from domains.city.exposure import people_at
 from domains.city.network import Network, check, courses, find_street
 from domains.city.readers import read_network
 from domains.city.simplify import prepare
@@ -133,7 +134,8 @@ def read(path: str, zones: int = 24, spacing: float = 330.0, population: float |
     """A city from a road network of any format that `readers.read_network` knows.
 
     A map without zones gets `zones` districts and a gate at each road out of it. Where the file tells nobody's home, `population` people
-    and half as many jobs are spread over the zones by the length of their minor streets, which is an assumption. Raises BadInput.
+    and half as many jobs are spread over the zones by the length of their streets with houses, which is an assumption: `STREET_LIFE`.
+    Raises BadInput.
     """
     network = read_network(path)
     if not network.zones:
@@ -187,7 +189,8 @@ def _apart(point: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
 def _receptors(
     network: Network, spacing: float, zones: np.ndarray, centre: np.ndarray, radius: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A square grid of points within the radius, off the roads; the people of each of `zones` live in equal parts at those nearest it."""
+    """A square grid of points within the radius, off the roads; the people of each of `zones` live in equal parts at those nearest it,
+    or, where there are none, at the point next to its centroid."""
     if not 50 <= spacing <= radius:
         raise BadInput(f"receptors: expected a spacing of 50 m to {radius:.0f} m, got {spacing:g}")
     steps = np.arange(-np.floor(radius / spacing), np.floor(radius / spacing) + 1) * spacing
@@ -201,4 +204,6 @@ def _receptors(
     assert network.population is not None
     zone_of = zones[cKDTree(xy[network.zone[zones]]).query(grid)[1]]
     count = np.bincount(zone_of, minlength=network.zones)
-    return grid, (network.population / np.maximum(count, 1))[zone_of], zone_of
+    without = zones[count[zones] == 0]
+    people = people_at(grid, xy[network.zone[without]], network.population[without])
+    return grid, people + (network.population / np.maximum(count, 1))[zone_of], zone_of
