@@ -538,6 +538,7 @@ def test_gmns_keeps_a_tntp_network(tmp_path):
         ("link.csv", "1,,1,2,1,0.1,", "1,,1,2,1,nan,", "line 2: expected a finite number for length, got nan"),
         ("link.csv", "1,,1,2,1,0.1,", "1,,1,2,1,,", "line 2: link 1: expected a positive length, got ''"),
         ("link.csv", "1,,1,2,1,0.1,", "1,1,2,1,0.1,", "line 2: expected 12 values"),
+        ("link.csv", "2,,2,3,", "1,,2,3,", "expected each link_id once, got '1' twice"),
         ("node.csv", "2,100.0", "1,100.0", "expected each node_id once, got '1' twice"),
         ("config.csv", "km", "furlong", "expected long_length of km"),
     ],

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sqlite3
+import sys
 from typing import Any
 
 import jax
@@ -121,6 +122,22 @@ def test_every_table_of_a_folder_is_an_input(tmp_path):
     (tmp_path / "link.csv").write_text((tmp_path / "link.csv").read_text().replace("50.0", "30.0"))
     changed = place.read(str(tmp_path), spacing=500.0).inputs
     assert [a["name"] for a, b in zip(inputs, changed, strict=True) if a["sha256"] != b["sha256"]] == ["link.csv"]
+
+
+def test_a_tntp_network_is_read_with_its_positions(tmp_path):
+    (tmp_path / "x_net.tntp").write_text(
+        "<NUMBER OF ZONES> 2\n<NUMBER OF NODES> 2\n<FIRST THRU NODE> 1\n<NUMBER OF LINKS> 2\n<END OF METADATA>\n"
+        "~ init_node term_node capacity length free_flow_time b power speed toll link_type ;\n"
+        "1 2 1800 1 1 0.15 4 0 0 1 ;\n2 1 1800 1 1 0.15 4 0 0 1 ;\n"
+    )
+    (tmp_path / "nodes.tntp").write_text("Node X Y ;\n1 0 0 ;\n2 1000 0 ;\n")
+    path, nodes = str(tmp_path / "x_net.tntp"), str(tmp_path / "nodes.tntp")
+    town = place.read(path, spacing=100.0, population=100.0, nodes=nodes)
+    assert town.people.sum() == pytest.approx(100) and [each["name"] for each in town.inputs] == ["x_net.tntp", "nodes.tntp"]
+    with pytest.raises(BadInput, match="positions of its nodes, got one without; TNTP has them in a file nodes="):
+        place.read(path, population=100.0)
+    with pytest.raises(BadInput, match="expected options of the reader of this format, got: .*node_file"):
+        place.read(path, population=100.0, node_file=nodes)
 
 
 def test_what_pairs_share_is_told_from_counting():
@@ -372,6 +389,27 @@ def test_a_day_that_was_never_recorded_is_refused_and_rain_that_was_not_is_told(
     told = "The record has no rain: the trips are those of dry days."
     assert told in dry.ask(scenario(wish, rain=5.0), None).notes and told not in dry.ask(scenario(wish), None).notes
     assert told not in twin.ask(scenario(wish, rain=5.0), None).notes
+
+
+def test_rain_falls_once():
+    wet = {"do": "rain", "mm": 10}
+    assert scenario(wet).rain == 0
+    for words in ({"rain": 10.0}, {"both": [wet]}):
+        with pytest.raises(ValueError, match="expected rain once"):
+            scenario(wet, **words)
+
+
+def test_formats_that_cannot_be_written_are_refused_beforehand(twin, monkeypatch):
+    wish = {"do": "modal_shift", "share": 0.1}
+    local = dataclasses.replace(twin.place.network, lon=None, lat=None, utm=None)
+    nowhere = dataclasses.replace(twin, place=dataclasses.replace(twin.place, network=local))
+    nowhere.ask(scenario(wish, formats=["gmns"]), None)
+    for name in ("geojson", "geopackage", "ngsi-ld"):
+        with pytest.raises(BadInput, match=f"format {name}: it is in degrees; expected a network whose projection is known"):
+            nowhere.ask(scenario(wish, formats=[name]), None)
+    monkeypatch.setitem(sys.modules, "pyogrio.raw", None)
+    with pytest.raises(BadInput, match="expected pyogrio, which is not installed"):
+        twin.ask(scenario(wish, formats=["geopackage"]), None)
 
 
 def test_closing_everything_is_refused(twin):

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,9 @@ def read_network(folder: str | os.PathLike) -> Network:
         files.at_most(len(table["start"]), folder / "link.csv")
     if not table["start"]:
         raise BadInput(f"{folder / 'link.csv'}: expected at least one link, got none")
+
+    if again := [link for link, times in Counter(table["link_id"]).items() if times > 1]:
+        raise BadInput(f"{folder / 'link.csv'}: expected each link_id once, got {again[0]!r} twice")
 
     xy = np.array(place).reshape(-1, 2)
     position, to_xy = _projected(folder, xy, config)

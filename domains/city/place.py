@@ -130,19 +130,25 @@ def stopped(network: Network, delay: np.ndarray) -> Network:
     return replace(network, free_speed=network.length / (network.free_time + delay))
 
 
-def read(path: str, zones: int = 24, spacing: float = 330.0, population: float | None = None, licence: str = "not stated") -> Place:
-    """A city from a road network of any format that `readers.read_network` knows.
+def read(
+    path: str, zones: int = 24, spacing: float = 330.0, population: float | None = None, licence: str = "not stated", **options: Any
+) -> Place:
+    """A city from a road network of any format that `readers.read_network` knows; `options` are those of the format's own reader: TNTP
+    needs `nodes`, the file of their positions.
 
     A map without zones gets `zones` districts and a gate at each road out of it. Where the file tells nobody's home, `population` people
     and half as many jobs are spread over the zones by the length of their streets with houses, which is an assumption: `STREET_LIFE`.
     Raises BadInput.
     """
-    network = read_network(path)
+    try:
+        network = read_network(path, **options)
+    except TypeError as error:
+        raise BadInput(f"{path}: expected options of the reader of this format, got: {error}") from None
     if not network.zones:
         network = prepare(network, zones)
     check(network)
     if not network.has_map:
-        raise BadInput(f"{path}: expected a network with the positions of its nodes, got one without")
+        raise BadInput(f"{path}: expected a network with the positions of its nodes, got one without; TNTP has them in a file nodes=")
     if network.population is None or network.jobs is None:
         if population is None:
             raise BadInput(f"{path}: expected people and jobs of each zone in the file, or population= for the whole, got neither")
@@ -152,6 +158,7 @@ def read(path: str, zones: int = 24, spacing: float = 330.0, population: float |
     receptors, people, zone_of = _receptors(network, spacing, np.arange(network.zones), centre, radius)
     place = Path(path)
     read_from = [file for name in gmns.TABLES if (file := place / name).is_file()] if place.is_dir() else [place]
+    read_from += [Path(options["nodes"])] if "nodes" in options else []
     names = tuple(f"Zone {name}" for name in network.node_id[network.zone])
     return Place(
         network,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pydantic
 
-from domains.city import interventions
+from domains.city import interventions, outputs
 from domains.city.days import LENGTHS, PERIODS, WEEKDAYS, weekday_of
 from domains.city.equilibrium import Paths, equilibria
 from domains.city.interventions import City as State
@@ -164,6 +164,12 @@ class CityScenario(Scenario):
     counts: list[Count] = pydantic.Field(default=[], max_length=60)
     formats: list[Literal["netcdf", "geojson", "geopackage", "ngsi-ld", "gmns"]] = []  # type: ignore[assignment]  # wider than any domain's
 
+    @pydantic.model_validator(mode="after")
+    def _rains_once(self) -> "CityScenario":
+        if (self.rain > 0) + sum(isinstance(each, Rain) for each in [*self.both, *self.interventions]) > 1:
+            raise ValueError("expected rain once: rain: mm before and after, or an intervention do: rain, got both or several")
+        return self
+
 
 @dataclass(frozen=True)
 class CityQuestion(Question):
@@ -175,6 +181,7 @@ class CityQuestion(Question):
 def ask(twin: "CityTwin", scenario: CityScenario) -> CityQuestion:
     """A checked scenario as the conditions of one day, `[1, ...]`: the kind of day, and the city before and after. Raises BadInput."""
     network = twin.place.network
+    outputs.check(twin.place, scenario.formats)
     learnt = twin.record.isel(time=twin.rows("train"))
     known = np.unique(weekday_of(learnt["time"].values))
     if WEEKDAYS.index(scenario.weekday) not in known:
