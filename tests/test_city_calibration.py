@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from domains.city import calibration, gmns
+from domains.city import calibration, gmns, place
 from domains.city.calibration import Spread, calibrate, draws, fit, geh, guessed_trips, read_trips, sensitivity, with_zones
 from domains.city.counts import Counts, read_counts
 from domains.city.equilibrium import equilibrium
@@ -329,6 +329,22 @@ def test_the_command_writes_the_fit(files: Path, capsys: pytest.CaptureFixture) 
     assert code == 0 and "prior     GEH below 5 on 100.0% of 8 counts" in said
     code, _, error = call(capsys, *words)
     assert code == 2 and "expected the name of a new folder as out=" in error
+
+
+def test_counts_are_fitted_with_the_delay_at_junctions(files: Path) -> None:
+    network, trips = town()
+    driven = place.stopped(network, place.junction_delay(network, 12.0))
+    flow = equilibrium(driven, trips).flow
+    links = np.argsort(flow)[-20:]
+    rows = [f"{network.link_id[link]},{flow[link]}" for link in links]
+    (files / "counts.csv").write_text("\n".join(["link,count", *rows, ""]))
+    np.savez(files / "trips.npz", trips=trips)
+    given = {"network": str(files / "net"), "counts": str(files / "counts.csv"), "prior": str(files / "trips.npz"), "folds": 0}
+    calibration.calibrate_files(files / "with", **given)
+    calibration.calibrate_files(files / "without", **given, junction_delay=0.0)
+    before = [json.loads((files / name / "fit.json").read_text())["before"]["RMSE_percent"] for name in ("with", "without")]
+    assert before[0] < 0.1 < 1 < before[1]
+    np.testing.assert_allclose(gmns.read_network(files / "with" / "gmns").free_speed, network.free_speed)
 
 
 def test_a_fit_has_nothing_of_one_that_was_killed(files: Path, capsys: pytest.CaptureFixture) -> None:

@@ -136,9 +136,7 @@ def read(
     """A city from a road network of any format that `readers.read_network` knows; `options` are those of the format's own reader: TNTP
     needs `nodes`, the file of their positions.
 
-    A map without zones gets `zones` districts and a gate at each road out of it. Where the file tells nobody's home, `population` people
-    and half as many jobs are spread over the zones by the length of their streets with houses, which is an assumption: `STREET_LIFE`.
-    Raises BadInput.
+    A map without zones gets `zones` districts and a gate at each road out of it; people are those of `of`. Raises BadInput.
     """
     try:
         network = read_network(path, **options)
@@ -147,31 +145,37 @@ def read(
     if not network.zones:
         network = prepare(network, zones)
     check(network)
+    place = Path(path)
+    read_from = [file for name in gmns.TABLES if (file := place / name).is_file()] if place.is_dir() else [place]
+    read_from += [Path(options["nodes"])] if "nodes" in options else []
+    return replace(of(network, spacing, population), licence=licence, inputs=[_input(file, licence) for file in read_from])
+
+
+def of(network: Network, spacing: float = 330.0, population: float | None = None) -> Place:
+    """The city of a checked network with zones.
+
+    Where the network tells nobody's home, `population` people and half as many jobs are spread over the zones by the length of their
+    streets with houses, which is an assumption: `STREET_LIFE`. Raises BadInput.
+    """
     if not network.has_map:
-        raise BadInput(f"{path}: expected a network with the positions of its nodes, got one without; TNTP has them in a file nodes=")
+        raise BadInput(
+            f"{network.source}: expected a network with the positions of its nodes, got one without; TNTP has them in a file nodes="
+        )
     if network.population is None or network.jobs is None:
         if population is None:
-            raise BadInput(f"{path}: expected people and jobs of each zone in the file, or population= for the whole, got neither")
+            raise BadInput(
+                f"{network.source}: expected people and jobs of each zone in the file, or population= for the whole, got neither"
+            )
         network = _peopled(network, population)
     centre = np.array([np.median(network.x), np.median(network.y)])
     radius = float(np.quantile(np.hypot(network.x - centre[0], network.y - centre[1]), 0.98))
     receptors, people, zone_of = _receptors(network, spacing, np.arange(network.zones), centre, radius)
-    place = Path(path)
-    read_from = [file for name in gmns.TABLES if (file := place / name).is_file()] if place.is_dir() else [place]
-    read_from += [Path(options["nodes"])] if "nodes" in options else []
-    names = tuple(f"Zone {name}" for name in network.node_id[network.zone])
-    return Place(
-        network,
-        names,
-        receptors,
-        people,
-        zone_of,
-        junction_delay(network),
-        None,
-        licence,
-        network.source or place.name,
-        [_input(file, licence) for file in read_from],
-    )
+    return Place(network, zone_names(network), receptors, people, zone_of, junction_delay(network), source=network.source)
+
+
+def zone_names(network: Network) -> tuple[str, ...]:
+    """What districts without a name of their own are called, `[zone]`."""
+    return tuple(f"Zone {name}" for name in network.node_id[network.zone])
 
 
 def _input(file: Path, licence: str) -> dict[str, Any]:
