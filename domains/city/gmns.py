@@ -2,7 +2,7 @@
 
 Source: General Modeling Network Specification 0.96, github.com/zephyr-data-specs/GMNS. Capacity there is per lane, length and speed are
 in the units of config.csv. What it has no field for goes into columns of our own: `vdf_alpha`, `vdf_beta` (as DTALite names them), `toll_s`
-in seconds of travel time. A node that movement.csv names has the turns named there and no others; with a capacity of 0 it has none.
+in seconds of travel time. A node that movement.csv names has the turns named there and no others, and of those none with a capacity of 0.
 """
 
 import csv
@@ -23,28 +23,18 @@ from domains.city.projection import to_degrees, to_metres, utm_zone
 from domains.city.roads import MILE, ROADS
 from twinsim.base import BadInput
 
+TABLES = ("node.csv", "link.csv", "config.csv", "zone.csv", "movement.csv")  # that are read, where they are there
 _KM = {"km": 1.0, "kilometer": 1.0, "kilometers": 1.0, "mi": MILE, "mile": MILE, "miles": MILE, "m": 1e-3, "meter": 1e-3, "meters": 1e-3}
 _KM |= {"ft": 0.3048e-3, "feet": 0.3048e-3, "foot": 0.3048e-3}
 _KMH = {"kph": 1.0, "kmh": 1.0, "km/h": 1.0, "mph": MILE, "mi/h": MILE, "mps": 3.6, "m/s": 3.6}
-_DEGREES = (
-    "WGS84",
-    "EPSG:4326",
-    "OGC:CRS84",
-    "CRS84",
-    "ETRS89",
-    "EPSG:4258",
-    "NAD83",
-    "EPSG:4269",
-)  # a metre or two apart: all taken as WGS84
+# a metre or two apart: all taken as WGS84
+_DEGREES = ("WGS84", "EPSG:4326", "OGC:CRS84", "CRS84", "ETRS89", "EPSG:4258", "NAD83", "EPSG:4269")
 _LOCAL = "local metres"
 _UTM = re.compile(r"EPSG:(326|327|258|269)(0[1-9]|[1-5]\d|60)")  # WGS84 north and south, ETRS89, NAD83
 _NO_CARS = {"walk", "foot", "ped", "pedestrian", "bike", "bicycle", "cycle", "transit", "bus", "tram", "rail", "railway", "ferry", "truck"}
 _MOVES = ("mvmt_id", "node_id", "ib_link_id", "ob_link_id", "type", "capacity")
 _Projection = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 _CONFIG = ("dataset_name", "short_length", "long_length", "speed", "crs", "geometry_field_format", "id_type", "through_zones", "utm_zone")
-
-
-TABLES = ("node.csv", "link.csv", "config.csv", "zone.csv", "movement.csv")  # that are read, where they are there
 
 
 def write_network(network: Network, folder: str | os.PathLike) -> list[Path]:
