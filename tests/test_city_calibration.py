@@ -1,5 +1,6 @@
 """Calibration finds the trips that made the counts, its gradient is the equilibrium's, and wrong counts are answered in one sentence."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from domains.city import gmns
+from domains.city import calibration, gmns, place
 from domains.city.calibration import Spread, calibrate, draws, fit, geh, guessed_trips, read_trips, sensitivity, with_zones
 from domains.city.counts import Counts, read_counts
 from domains.city.equilibrium import equilibrium
@@ -210,7 +211,9 @@ def test_counts_are_read_from_every_format(tmp_path: Path) -> None:
         ("link,count\nhigh street 1,5\n", "the network has no link 'high street 1'; did you mean 'high street'"),
         ("link,count\nzzz,5\n", "the network has no link 'zzz', nor one of its 2 that is like it"),
         ("link,count\n1,5\n1,6\n", "expected each link once, got link 1 again"),
-        ("link,hour,count\n1,7,5\n1,8,6\n", "is counted in several hours; expected hour=, one of 7, 8"),
+        ("link,hour,count\n1,7,5\n1,8,6\n", "links are counted in several hours; expected hour=, one of 7, 8"),
+        ("link,hour,count\n1,7,5\nhigh street,8,6\n", "links are counted in several hours; expected hour=, one of 7, 8"),
+        ("link,hour,count\n1,7,5\n1,7.5,6\n", "expected each link once, got link 1 again"),
         ("road,count\n1,5\n", "expected columns link (or from_node_id and to_node_id) and count"),
         ("link,count\n1\n", "line 2: expected 2 values"),
         ("link,count\n", "expected counts, found none"),
@@ -328,6 +331,22 @@ def test_the_command_writes_the_fit(files: Path, capsys: pytest.CaptureFixture) 
     assert code == 2 and "expected the name of a new folder as out=" in error
 
 
+def test_counts_are_fitted_with_the_delay_at_junctions(files: Path) -> None:
+    network, trips = town()
+    driven = place.stopped(network, place.junction_delay(network, 12.0))
+    flow = equilibrium(driven, trips).flow
+    links = np.argsort(flow)[-20:]
+    rows = [f"{network.link_id[link]},{flow[link]}" for link in links]
+    (files / "counts.csv").write_text("\n".join(["link,count", *rows, ""]))
+    np.savez(files / "trips.npz", trips=trips)
+    given = {"network": str(files / "net"), "counts": str(files / "counts.csv"), "prior": str(files / "trips.npz"), "folds": 0}
+    calibration.calibrate_files(files / "with", **given)
+    calibration.calibrate_files(files / "without", **given, junction_delay=0.0)
+    before = [json.loads((files / name / "fit.json").read_text())["before"]["RMSE_percent"] for name in ("with", "without")]
+    assert before[0] < 0.1 < 1 < before[1]
+    np.testing.assert_allclose(gmns.read_network(files / "with" / "gmns").free_speed, network.free_speed)
+
+
 def test_a_fit_has_nothing_of_one_that_was_killed(files: Path, capsys: pytest.CaptureFixture) -> None:
     left = files / "fitted.partial"
     left.mkdir()
@@ -370,3 +389,22 @@ def test_the_command_answers_mistakes_and_leaves_nothing(files: Path, capsys: py
     code, _, error = call(capsys, *given, *([f"out={files / 'out'}"] if words and words[0] == "city" else []))
     assert code == 2 and says in error and error.count("\n") == 1
     assert sorted(path for path in files.iterdir() if path.name != ".out.lock") == before
+
+
+def test_a_demand_table_is_read_by_the_zones_own_names(tmp_path: Path) -> None:
+    network = dataclasses.replace(linear([(0, 1), (1, 2), (2, 0)], [10] * 3, [1] * 3, zone=[0, 1, 2]), zone_id=np.array(["3", "101", "4"]))
+    gmns.write_network(network, tmp_path / "net")
+    network = gmns.read_network(tmp_path / "net")
+    assert network.zone_names == ["3", "4", "101"] and network.node_id[network.zone].tolist() == ["1", "3", "2"]
+    table = tmp_path / "demand.csv"
+    table.write_text("o_zone_id,d_zone_id,volume\n3,101,100\n101,4,7\n")
+    trips = read_trips(table, network)
+    np.testing.assert_array_equal(trips, [[0, 0, 100], [0, 0, 0], [0, 7, 0]])
+    found = calibrate(network, trips, Counts(np.array([0]), np.array([90.0])), folds=0)
+    calibration._write(found, network, "demand.csv", tmp_path)
+    written = tmp_path / "gmns" / "demand.csv"
+    assert written.read_text().splitlines()[1].startswith("3,101,")
+    np.testing.assert_array_equal(read_trips(written, gmns.read_network(tmp_path / "gmns")), found.trips)
+    table.write_text("o_zone_id,d_zone_id,volume\n3,2,100\n")
+    with pytest.raises(BadInput, match="line 2: the network has no zone '2'; its zones are 3, 4, 101"):
+        read_trips(table, network)

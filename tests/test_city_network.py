@@ -538,6 +538,7 @@ def test_gmns_keeps_a_tntp_network(tmp_path):
         ("link.csv", "1,,1,2,1,0.1,", "1,,1,2,1,nan,", "line 2: expected a finite number for length, got nan"),
         ("link.csv", "1,,1,2,1,0.1,", "1,,1,2,1,,", "line 2: link 1: expected a positive length, got ''"),
         ("link.csv", "1,,1,2,1,0.1,", "1,1,2,1,0.1,", "line 2: expected 12 values"),
+        ("link.csv", "2,,2,3,", "1,,2,3,", "expected each link_id once, got '1' twice"),
         ("node.csv", "2,100.0", "1,100.0", "expected each node_id once, got '1' twice"),
         ("config.csv", "km", "furlong", "expected long_length of km"),
     ],
@@ -549,6 +550,97 @@ def test_gmns_says_what_is_wrong(tmp_path, file, old, new, message):
     (tmp_path / file).write_text(text.replace(old, new, 1))
     with pytest.raises(BadInput, match=message):
         gmns.read_network(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "crs, utm", [("EPSG:25832", 32), ("epsg:32633", 33), ("EPSG:32756", -56), ("EPSG:26911", 11), ("local metres", None)]
+)
+def test_gmns_projections(tmp_path, crs, utm):
+    gmns.write_network(square(x=np.array([5e5, 500100, 500100, 5e5]), y=np.array([5.5e6, 5.5e6, 5500100, 5500100])), tmp_path)
+    (tmp_path / "config.csv").write_text((tmp_path / "config.csv").read_text().replace("local metres", crs))
+    network = gmns.read_network(tmp_path)
+    assert network.utm == utm and (network.lon is None) == (utm is None) and network.x[1] == 500100
+    if utm == 32:
+        np.testing.assert_allclose(network.lon, [9, 9.0014, 9.0014, 9], atol=1e-4)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:4258", "EPSG:4269", "NAD83", "OGC:CRS84", "WGS 84"])
+def test_gmns_degrees(tmp_path, crs):
+    gmns.write_network(square(), tmp_path)
+    (tmp_path / "config.csv").write_text(f"crs,speed\n{crs},m/s\n")
+    text = (tmp_path / "node.csv").read_text().replace("100.0", "0.001").replace("0.0,", "0.0000001,")
+    (tmp_path / "node.csv").write_text(text)
+    network = gmns.read_network(tmp_path)
+    assert network.utm == 31 and network.x[1] - network.x[0] == pytest.approx(111.3, abs=0.3)  # the equator, 3 degrees off the middle
+    np.testing.assert_allclose(network.free_speed, 50)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("crs\nEPSG:31256\n", "expected crs of WGS84, .*, or 'local metres' for any other system in metres, got 'EPSG:31256'"),
+        ("speed\nknots\n", "expected speed of kph, .*, got 'knots'"),
+        ("long_length\nm\n", "link.csv: expected lengths of about the distance between nodes, got 0.001 times as much in the median"),
+    ],
+)
+def test_gmns_units_that_cannot_be(tmp_path, config, message):
+    gmns.write_network(square(), tmp_path)
+    (tmp_path / "config.csv").write_text(config)
+    with pytest.raises(BadInput, match=message):
+        gmns.read_network(tmp_path)
+
+
+def test_gmns_movements_are_what_is_allowed(tmp_path):
+    # a crossing: from the west (link 1) and the south (2) to the east (3), the north (4) and back to the west (5)
+    x, y = np.array([0.0, 100, 100, 200, 100]), np.array([100.0, 0, 100, 100, 200])
+    cross = build(start=[0, 1, 2, 2, 2], end=[2, 2, 3, 4, 0], length=100.0, x=x, y=y, turn_bans=[[0, 3], [0, 4]])
+    gmns.write_network(cross, tmp_path)
+    same(cross, gmns.read_network(tmp_path))
+    path = tmp_path / "movement.csv"
+    rows = [",".join(line.split(",")[1:]) for line in path.read_text().splitlines()]
+    assert rows == ["node_id,ib_link_id,ob_link_id,type,capacity", "3,1,3,thru,", "3,2,3,right,", "3,2,4,thru,", "3,2,5,left,"]
+    shut = dataclasses.replace(cross, turn_bans=networks.turns(dataclasses.replace(cross, turn_bans=None)))
+    gmns.write_network(shut, tmp_path)
+    same(shut, gmns.read_network(tmp_path))
+    assert path.read_text().splitlines()[1].endswith(",0")
+    path.write_text("mvmt_id,node_id,ib_link_id,ob_link_id,prohibited\n1,3,1,4,1\n")
+    with pytest.raises(BadInput, match="expected a column type"):
+        gmns.read_network(tmp_path)
+    path.write_text("mvmt_id,node_id,ib_link_id,ob_link_id,type\n1,3,1,9,left\n")
+    with pytest.raises(BadInput, match="line 2: expected ob_link_id of a link of link.csv at node 3, got '9'"):
+        gmns.read_network(tmp_path)
+
+
+def test_gmns_links_for_others_and_two_way_turns(tmp_path):
+    (tmp_path / "node.csv").write_text("node_id,x_coord,y_coord\na,0,200\nb,900,200\nc,1800,200\n")
+    table = 'link_id,from_node_id,to_node_id,directed,length,allowed_uses\n1,a,b,0,0.9,\n2,b,c,0,0.9,"auto,walk"\n'
+    (tmp_path / "link.csv").write_text(table + '3,a,c,1,1.8,walk\n4,a,c,1,1.8,"bike,walk"\n')
+    moves = "mvmt_id,node_id,ib_link_id,ob_link_id,type,allowed_uses\n"
+    (tmp_path / "movement.csv").write_text(moves + "1,b,1,2,thru,\n2,b,2,1,thru,auto\n3,b,1,1,uturn,walk\n4,c,3,2,uturn,walk\n")
+    network = gmns.read_network(tmp_path)
+    assert network.link_id.tolist() == ["1", "1-", "2", "2-"]
+    assert network.link_id[network.turn_bans].tolist() == [["1", "1-"], ["2-", "2"]]  # nobody turns round at b
+
+
+def test_gmns_zones_are_one_node_each_and_open_unless_they_are_centroids(tmp_path):
+    node = "node_id,x_coord,y_coord,node_type,zone_id\na,0,200,{},2\nb,900,200,{},1\nc,1800,200,{},{}\n"
+    (tmp_path / "link.csv").write_text("link_id,from_node_id,to_node_id,directed,length\n1,a,b,0,0.9\n2,b,c,0,0.9\n")
+    (tmp_path / "node.csv").write_text(node.format("", "", "", 3))
+    network = gmns.read_network(tmp_path)
+    check(network)
+    assert network.through_zones and network.node_id[network.zone].tolist() == ["b", "a", "c"]
+    (tmp_path / "node.csv").write_text(node.format(*["centroid"] * 3, 3))
+    with pytest.raises(
+        BadInput, match=r"no way from zone a to c.*nobody drives through a centroid here \(through_zones of a GMNS config.csv"
+    ):
+        check(gmns.read_network(tmp_path))
+    (tmp_path / "config.csv").write_text("through_zones\n1\n")
+    check(gmns.read_network(tmp_path))
+    (tmp_path / "node.csv").write_text(node.format("", "", "", 1))
+    with pytest.raises(BadInput, match="expected one node a zone, got b and c with zone_id '1'; node_type centroid marks"):
+        gmns.read_network(tmp_path)
+    (tmp_path / "node.csv").write_text(node.format("centroid", "centroid", "", 1))
+    assert gmns.read_network(tmp_path).zones == 2
 
 
 def test_gmns_two_way_links_miles_and_defaults(tmp_path):

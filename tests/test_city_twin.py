@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sqlite3
+import sys
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import xarray as xr
 from domains.city import days, emissions, gmns, interventions, outputs, place, questions, results, traffic
 from domains.city.domain import COUNTING, CityTwin, _shared
 from domains.city.interventions import FAILS, MEETS
-from domains.city.weather import Winds
+from domains.city.network import build
+from domains.city.weather import STABILITIES, Winds
 from twinsim import cli
 from twinsim.base import BadInput
 
@@ -81,6 +83,22 @@ def test_a_record_is_read_back_and_what_is_wrong_in_it_is_named(twin, tmp_path):
     read = days.recorded(twin.place, str(path), "CC-BY-4.0")
     np.testing.assert_array_equal(read["trips"].values, twin.record["trips"].values)
     assert read.attrs["license"] == "CC-BY-4.0" and len(read.attrs["inputs"][0]["sha256"]) == 64
+    within = twin.record.drop_attrs().copy(deep=True)
+    within["trips"][:2, 0, 1, 1] = 50.0
+    within.to_netcdf(tmp_path / "within.nc")
+    read = days.recorded(twin.place, str(tmp_path / "within.nc"))
+    np.testing.assert_array_equal(read["trips"].values, twin.record["trips"].values)
+    assert f", without the 100 of {twin.record['trips'].values.sum() + 100:,.0f} trips within zones" in read.attrs["source"]
+    named = twin.record.drop_attrs().assign_coords(destination=list(twin.place.zone_name))
+    turned = named.isel(period=slice(None, None, -1), origin=slice(None, None, -1), destination=slice(None, None, -1))
+    turned.to_netcdf(tmp_path / "turned.nc")
+    np.testing.assert_array_equal(days.recorded(twin.place, str(tmp_path / "turned.nc"))["trips"].values, twin.record["trips"].values)
+    named.assign_coords(origin=["Nowhere", *twin.place.zone_name[1:]]).to_netcdf(tmp_path / "nowhere.nc")
+    with pytest.raises(BadInput, match="origin: expected .*, each once, or no names, got 'Nowhere'"):
+        days.recorded(twin.place, str(tmp_path / "nowhere.nc"))
+    twin.record.drop_attrs().drop_vars("time").to_netcdf(tmp_path / "timeless.nc")
+    with pytest.raises(BadInput, match="expected a coordinate time of dates"):
+        days.recorded(twin.place, str(tmp_path / "timeless.nc"))
     first, second = twin.place.zone_name[1], twin.place.zone_name[2]
     for value in (np.nan, -3.0):
         broken = twin.record.drop_attrs().copy(deep=True)
@@ -94,6 +112,32 @@ def test_a_record_is_read_back_and_what_is_wrong_in_it_is_named(twin, tmp_path):
     (tmp_path / "text.nc").write_text("no")
     with pytest.raises(BadInput, match="expected a NetCDF file"):
         days.recorded(twin.place, str(tmp_path / "text.nc"))
+
+
+def test_every_table_of_a_folder_is_an_input(tmp_path):
+    gmns.write_network(place.made_up.city(1, **SMALL).network, tmp_path)
+    inputs = place.read(str(tmp_path), spacing=500.0, licence="ODbL-1.0").inputs
+    assert {each["name"] for each in inputs} == {"node.csv", "link.csv", "config.csv", "zone.csv"}
+    assert all(each["licence"] == "ODbL-1.0" and len(each["sha256"]) == 64 and each["size"] > 20 for each in inputs)
+    (tmp_path / "link.csv").write_text((tmp_path / "link.csv").read_text().replace("50.0", "30.0"))
+    changed = place.read(str(tmp_path), spacing=500.0).inputs
+    assert [a["name"] for a, b in zip(inputs, changed, strict=True) if a["sha256"] != b["sha256"]] == ["link.csv"]
+
+
+def test_a_tntp_network_is_read_with_its_positions(tmp_path):
+    (tmp_path / "x_net.tntp").write_text(
+        "<NUMBER OF ZONES> 2\n<NUMBER OF NODES> 2\n<FIRST THRU NODE> 1\n<NUMBER OF LINKS> 2\n<END OF METADATA>\n"
+        "~ init_node term_node capacity length free_flow_time b power speed toll link_type ;\n"
+        "1 2 1800 1 1 0.15 4 0 0 1 ;\n2 1 1800 1 1 0.15 4 0 0 1 ;\n"
+    )
+    (tmp_path / "nodes.tntp").write_text("Node X Y ;\n1 0 0 ;\n2 1000 0 ;\n")
+    path, nodes = str(tmp_path / "x_net.tntp"), str(tmp_path / "nodes.tntp")
+    town = place.read(path, spacing=100.0, population=100.0, nodes=nodes)
+    assert town.people.sum() == pytest.approx(100) and [each["name"] for each in town.inputs] == ["x_net.tntp", "nodes.tntp"]
+    with pytest.raises(BadInput, match="positions of its nodes, got one without; TNTP has them in a file nodes="):
+        place.read(path, population=100.0)
+    with pytest.raises(BadInput, match="expected options of the reader of this format, got: .*node_file"):
+        place.read(path, population=100.0, node_file=nodes)
 
 
 def test_what_pairs_share_is_told_from_counting():
@@ -275,6 +319,47 @@ def test_half_the_exhaust_is_half_of_what_traffic_adds(twin):
     np.testing.assert_allclose(added[:, 1].sum(-1) / added[:, 0].sum(-1), ratio, rtol=0.02)  # the fleet is the same everywhere
 
 
+def bent(**given):
+    """A place with a road of 2422 m between points 1000 m apart, drawn over a bend, and its halves as two straight roads of 1000 m."""
+    x, y = [0.0, 1000.0, 500.0], [0.0, 0.0, np.sqrt(0.75) * 1000]
+    network = build(start=[0, 0, 2], end=[1, 2, 1], length=[2422.0, 1000, 1000], x=x, y=y, zone=[0, 1], population=[1.0, 1.0], **given)
+    points = np.array([[480.0, 100.0], [400.0, 900.0], [1500.0, 300.0]])
+    return place.Place(network, ("a", "b"), points, np.ones(3), np.zeros(3, int), np.zeros(3))
+
+
+def test_a_road_emits_along_its_course_and_all_that_its_length_makes(monkeypatch):
+    monkeypatch.setattr("domains.city.weather.BLOCK", 2)
+    a, b, c = np.array([[0.0, 0.0], [1000.0, 0.0], [500.0, np.sqrt(0.75) * 1000]])
+    drawn, straight = (
+        Winds(bent(**given), stabilities=STABILITIES[:1]).unit
+        for given in ({"shape": (np.array([a, c, b]), np.array([a, c]), np.array([c, b]))}, {})
+    )
+    assert drawn.shape == (12, 3, 3)
+    np.testing.assert_allclose(drawn[..., 0], 1.211 * drawn[..., 1:].sum(-1), rtol=1e-4)  # 2422 m on 2000 m of drawn road
+    np.testing.assert_allclose(drawn[..., 1:], straight[..., 1:], rtol=1e-4)
+    shorter = bent()
+    shorter.network.length[0] = 1000.0
+    np.testing.assert_allclose(straight[..., 0], 2.422 * Winds(shorter, stabilities=STABILITIES[:1]).unit[..., 0], rtol=1e-4)
+
+
+def test_everybody_lives_somewhere():
+    """Zones nearer to each other than the points of air: what has none of its own counts at the nearest."""
+    town = place.made_up.city(1, **SMALL).network
+    for spacing in (300.0, 1200.0):
+        grid, people, zone_of = place._receptors(town, spacing, np.arange(town.zones), np.zeros(2), 2500.0)
+        assert people.sum() == pytest.approx(town.population.sum())
+    assert len(np.unique(zone_of)) < town.zones
+
+
+def test_nobody_lives_on_a_road_that_bends():
+    a, b, c = np.array([[0.0, 0.0], [1000.0, 0.0], [500.0, 500.0]])
+    network = bent(shape=(np.array([a, c, b]), np.array([a, c]), np.array([c, b]))).network
+    grid, _, _ = place._receptors(network, 50.0, np.arange(2), np.array([500.0, 250.0]), 600.0)
+    on_chord = (np.abs(grid[:, 1]) < 1) & (grid[:, 0] > 100) & (grid[:, 0] < 900)
+    on_bend = np.abs(np.abs(grid[:, 0] - 500) - (500 - grid[:, 1])) < 12 * np.sqrt(2)
+    assert on_chord.any() and not (on_bend & (grid[:, 1] > 0)).any()
+
+
 # ---------------------------------------------------------------- questions
 
 
@@ -295,11 +380,69 @@ def test_what_a_scenario_cannot_mean_is_said_in_a_sentence(twin, wanted, says):
         twin.ask(scenario(wanted), None)
 
 
+def test_a_day_that_was_never_recorded_is_refused_and_rain_that_was_not_is_told(twin):
+    workday = days.weekday_of(twin.record["time"].values) < 5
+    dry = dataclasses.replace(twin, record=twin.record.isel(time=workday).assign(rain=twin.record["rain"][workday] * 0))
+    wish = {"do": "modal_shift", "share": 0.1}
+    with pytest.raises(BadInput, match="weekday: expected one that the record has for training, Monday, .*, Friday, got Saturday"):
+        dry.ask(scenario(wish, weekday="Saturday"), None)
+    told = "The record has no rain: the trips are those of dry days."
+    assert told in dry.ask(scenario(wish, rain=5.0), None).notes and told not in dry.ask(scenario(wish), None).notes
+    assert told not in twin.ask(scenario(wish, rain=5.0), None).notes
+
+
+def test_rain_falls_once():
+    wet = {"do": "rain", "mm": 10}
+    assert scenario(wet).rain == 0
+    for words in ({"rain": 10.0}, {"both": [wet]}):
+        with pytest.raises(ValueError, match="expected rain once"):
+            scenario(wet, **words)
+
+
+def test_formats_that_cannot_be_written_are_refused_beforehand(twin, monkeypatch):
+    wish = {"do": "modal_shift", "share": 0.1}
+    local = dataclasses.replace(twin.place.network, lon=None, lat=None, utm=None)
+    nowhere = dataclasses.replace(twin, place=dataclasses.replace(twin.place, network=local))
+    nowhere.ask(scenario(wish, formats=["gmns"]), None)
+    for name in ("geojson", "geopackage", "ngsi-ld"):
+        with pytest.raises(BadInput, match=f"format {name}: it is in degrees; expected a network whose projection is known"):
+            nowhere.ask(scenario(wish, formats=[name]), None)
+    monkeypatch.setitem(sys.modules, "pyogrio.raw", None)
+    with pytest.raises(BadInput, match="expected pyogrio, which is not installed"):
+        twin.ask(scenario(wish, formats=["geopackage"]), None)
+
+
 def test_closing_everything_is_refused(twin):
     with pytest.raises(BadInput, match="it closes every road of the city"):
         twin.ask(scenario({"do": "close", "districts": list(twin.place.zone_name)}), None)
     with pytest.raises(BadInput, match="with these roads closed there is no way from .* to "):
         twin.ask(scenario({"do": "close", "districts": ["Harbour"]}, {"do": "close", "streets": ["Ring Road"]}), None)
+
+
+def test_one_low_emission_zone_names_all_its_districts(twin):
+    zone = {"do": "low_emission_zone", "districts": ["Harbour"]}
+    with pytest.raises(BadInput, match="expected one of them, which names all its districts, got a second one"):
+        twin.ask(scenario({**zone, "districts": [twin.place.zone_name[1]]}, both=[zone]), None)
+
+
+def test_what_is_expected_of_a_counted_link_is_its_flow_on_the_usual_day(twin, network):
+    """With banned vehicles that go round, fewer trips, an event and a charge, before the change."""
+    both = [
+        {"do": "low_emission_zone", "districts": ["Harbour"], "diesel": 6, "petrol": 6},
+        {"do": "modal_shift", "share": 0.3},
+        {"do": "event", "district": "Harbour", "visitors": 4000, "period": "evening"},
+        {"do": "cordon_charge", "districts": ["Harbour"], "euro": 2.0},
+    ]
+    counted = [{"link": str(network.link_id[link]), "period": "evening", "vehicles": 1.0, "error": 1.0} for link in twin.place.roads[::5]]
+    question = twin.ask(scenario({"do": "electric_share", "share": 0.5}, both=both, counts=counted[:60]), None)
+    sample, condition = twin.days(twin.rows("train"))
+    usual = {name: values[condition["weekday"] == 2].mean(0) for name, values in sample.items()}
+    (observed,) = question.constrain(lambda target: usual, {})
+    state = interventions.City(**{f.name: question.condition[f"city_{f.name}"][0] for f in dataclasses.fields(interventions.City)})
+    day = traffic.day(network, twin.place.delay, np.stack(list(usual.values())), days.LENGTHS, state, traffic.Response(), 1e-4)
+    flow = day.flow[0, 2].sum(0)[twin.place.roads[::5][:60]]
+    assert flow.max() > 100
+    np.testing.assert_allclose(observed.operator(None), flow, atol=0.01 * flow.max())  # equilibria to a gap of 1e-4
 
 
 def test_what_holds_before_and_after_changes_both(twin):

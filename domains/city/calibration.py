@@ -28,7 +28,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import breadth_first_order
 from scipy.spatial import cKDTree
 
-from domains.city import files, gmns, simplify, tntp
+from domains.city import files, gmns, place, simplify, tntp
 from domains.city.counts import Counts, read_counts
 from domains.city.demand import cpc
 from domains.city.equilibrium import Equilibrium, equilibrium
@@ -245,6 +245,7 @@ def calibrate_files(
     prior: str = "gravity",
     hour: int | None = None,
     zones: int = 40,
+    junction_delay: float = place.JUNCTION_DELAY,
     tolerance: float = TOLERANCE,
     spread: Mapping[str, float] | None = None,
     folds: int | None = None,
@@ -252,16 +253,19 @@ def calibrate_files(
     """Calibrates what lies in files and writes the answer into `folder`; returns what came out, in lines.
 
     A network without zones gets one at each road out and `zones` districts. `prior` is "gravity" or a matrix: TNTP, a CSV with
-    o_zone_id, d_zone_id, volume (GMNS), or an .npz with `trips`. Written: gmns/ (network and demand.csv), trips.npz, counts.csv, fit.json,
-    scatter.svg. Raises BadInput.
+    o_zone_id, d_zone_id, volume (GMNS), or an .npz with `trips`. The junction at the end of a link costs `junction_delay`, s, as in
+    `place.junction_delay`; it is not in what is written: a city made of that has it again. Written: gmns/ (network and demand.csv),
+    trips.npz, counts.csv, fit.json, scatter.svg. Raises BadInput.
     """
     if unknown := sorted(set(spread or {}) - {each.name for each in dataclasses.fields(Spread)}):
         known = ", ".join(each.name for each in dataclasses.fields(Spread))
         raise BadInput(f"spread: expected some of {known}, got {unknown[0]}")
     roads = with_zones(read_network(network), zones)
-    counted = read_counts(counts, roads, hour)
-    matrix = guessed_trips(roads) if prior == "gravity" else read_trips(prior, roads)
-    found = calibrate(roads, matrix, counted, spread=Spread(**(spread or {})), tolerance=tolerance, folds=folds, progress=progress)
+    if not (np.isfinite(junction_delay) and junction_delay >= 0):
+        raise BadInput(f"junction_delay: expected 0 s or more, got {junction_delay}")
+    counted, driven = read_counts(counts, roads, hour), place.stopped(roads, place.junction_delay(roads, junction_delay))
+    matrix = guessed_trips(driven) if prior == "gravity" else read_trips(prior, roads)
+    found = calibrate(driven, matrix, counted, spread=Spread(**(spread or {})), tolerance=tolerance, folds=folds, progress=progress)
     return _write(found, roads, prior, Path(folder))
 
 
@@ -279,7 +283,7 @@ def read_trips(path: str | os.PathLike, network: Network) -> np.ndarray:
     if path.name.endswith(".tntp"):
         trips = tntp.read_trips(path).trips
     elif path.suffix == ".csv":
-        trips = _read_demand(path, network.zones)
+        trips = _read_demand(path, network.zone_names)
     elif path.suffix == ".npz":
         try:
             with files.opened(path) as file, np.load(io.BytesIO(file.read()), allow_pickle=False) as kept:
@@ -292,8 +296,8 @@ def read_trips(path: str | os.PathLike, network: Network) -> np.ndarray:
         raise BadInput(f"{path}: expected trips between {network.zones} zones, as the network has, got {list(trips.shape)}")
     wrong = np.argwhere(~(np.isfinite(trips) & (trips >= 0)))
     if len(wrong):
-        a, b = wrong[0]
-        raise BadInput(f"{path}: from zone {a + 1} to zone {b + 1}: expected trips of 0 or more, got {trips[a, b]:g}")
+        a, b = (network.zone_names[zone] for zone in wrong[0])
+        raise BadInput(f"{path}: from zone {a} to zone {b}: expected trips of 0 or more, got {trips[tuple(wrong[0])]:g}")
     return trips
 
 
@@ -366,7 +370,8 @@ def _write(found: Calibration, network: Network, prior: str, folder: Path) -> li
     with (folder / "gmns" / "demand.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("o_zone_id", "d_zone_id", "volume"))
-        table.writerows((a + 1, b + 1, repr(float(found.trips[a, b]))) for a, b in np.argwhere(found.trips > 0).tolist())
+        name = network.zone_names
+        table.writerows((name[a], name[b], repr(float(found.trips[a, b]))) for a, b in np.argwhere(found.trips > 0).tolist())
     np.savez_compressed(folder / "trips.npz", trips=found.trips, prior=found.prior, zone=network.node_id[network.zone])
     columns = {"counted": found.counts.flow, "prior": found.prior_flow, "fitted": found.flow, "GEH": found.after.geh}
     if found.held_out_flow is not None:
@@ -615,32 +620,37 @@ def _reach(network: Network, links: np.ndarray) -> tuple[list[np.ndarray], list[
     """For each of `links`, the zones that trips over it may come from and go to."""
     pairs = turns(network)
     ahead = sparse.csr_matrix((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(network.links,) * 2)
-    place = np.full(network.nodes, -1)
-    place[network.zone] = np.arange(network.zones)
+    zone_at = np.full(network.nodes, -1)
+    zone_at[network.zone] = np.arange(network.zones)
     comes, goes = [], []
     for link in links:
         before, after = (breadth_first_order(graph, link, return_predecessors=False) for graph in (ahead.T.tocsr(), ahead))
-        zones = place[network.start[before]], place[network.end[after]]
+        zones = zone_at[network.start[before]], zone_at[network.end[after]]
         comes.append(np.unique(zones[0][zones[0] >= 0]))
         goes.append(np.unique(zones[1][zones[1] >= 0]))
     return comes, goes
 
 
-def _read_demand(path: Path, zones: int) -> np.ndarray:
+def _read_demand(path: Path, zones: list[str]) -> np.ndarray:
+    """Trips between zones, which the file calls by the names `zones`, `[zone, zone]`."""
     reader = csv.DictReader(files.lines(path), strict=True)
-    trips = np.zeros((zones, zones))
+    trips = np.zeros((len(zones), len(zones)))
+    index = {name: k for k, name in enumerate(zones)}
     try:
         if missing := {"o_zone_id", "d_zone_id", "volume"} - set(reader.fieldnames or ()):
             raise BadInput(f"{path}: expected columns o_zone_id, d_zone_id and volume, found no {sorted(missing)[0]}")
         for row in reader:
             where = f"{path} line {reader.line_num}"
             try:
-                ends, volume = (int(row["o_zone_id"]), int(row["d_zone_id"])), float(row["volume"])
-            except (TypeError, ValueError):
-                raise BadInput(f"{where}: expected two zone numbers and a volume, got {list(row.values())}") from None
-            if not all(1 <= end <= zones for end in ends):
-                raise BadInput(f"{where}: expected zones 1 to {zones}, got {ends[0]} and {ends[1]}")
-            trips[ends[0] - 1, ends[1] - 1] += volume
+                ends, volume = [row[key].strip() for key in ("o_zone_id", "d_zone_id")], float(row["volume"])
+            except (AttributeError, TypeError, ValueError):
+                raise BadInput(f"{where}: expected two zones and a volume, got {list(row.values())}") from None
+            for end in ends:
+                if end not in index:
+                    raise BadInput(
+                        f"{where}: the network has no zone {end!r}; its zones are {', '.join(zones[:8])}{', ...' * (len(zones) > 8)}"
+                    )
+            trips[index[ends[0]], index[ends[1]]] += volume
     except csv.Error as error:
         raise BadInput(f"{path} line {reader.line_num}: expected CSV, got: {error}") from None
     return trips
@@ -651,8 +661,8 @@ def _trip_ends(network: Network) -> np.ndarray:
     if network.population is not None or network.jobs is not None:
         return HOURLY * np.sum([one for one in (network.population, network.jobs) if one is not None], axis=0)
     street = network.kind != "connector"
-    place = np.full(network.nodes, -1)
-    place[network.zone] = np.arange(network.zones)
+    zone_at = np.full(network.nodes, -1)
+    zone_at[network.zone] = np.arange(network.zones)
     sides = np.unique(np.sort(np.stack([network.start, network.end], 1)[street], 1), axis=0)
     lone = np.bincount(sides.ravel(), minlength=network.nodes) == 1
     capacity = np.bincount(network.end[street], network.capacity[street], network.nodes)

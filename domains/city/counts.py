@@ -55,6 +55,8 @@ def read_counts(path: str | os.PathLike, network: Network, hour: int | None = No
     if not rows:
         raise BadInput(f"{path}: expected counts, found none")
     hours = sorted({int(row.hour) for row in rows if row.hour is not None})
+    if hour is None and len(hours) > 1:
+        raise BadInput(f"{path}: links are counted in several hours; expected hour=, one of {', '.join(map(str, hours))}")
     if hour is not None and hours:
         rows = [row for row in rows if row.hour is None or int(row.hour) == hour]
         if not rows:
@@ -67,11 +69,6 @@ def read_counts(path: str | os.PathLike, network: Network, hour: int | None = No
         if row.link not in index:
             raise BadInput(f"{row.where}: the network has no link {row.link!r}{_nearest(row.link, list(index))}")
         if (link := index[row.link]) in seen:
-            both = [one.hour for one in (seen[link], row)]
-            if None not in both and both[0] != both[1]:
-                raise BadInput(
-                    f"{row.where}: link {row.link} is counted in several hours; expected hour=, one of {', '.join(map(str, hours))}"
-                )
             raise BadInput(f"{row.where}: expected each link once, got link {row.link} again")
         seen[link] = row
     return Counts(np.array(list(seen), np.int64), np.array([row.flow for row in seen.values()]))

@@ -90,7 +90,11 @@ def simulated(place: Place, start: str = "2023-01-01", days: int = 730, seed: in
 
 
 def recorded(place: Place, path: str, licence: str = "not stated") -> xr.Dataset:
-    """A record from a NetCDF file: `trips` (time, period, origin, destination), vehicles; `rain` (time), mm, if any. Raises BadInput."""
+    """A record from a NetCDF file: `trips` (time, period, origin, destination), vehicles; `rain` (time), mm, if any. Raises BadInput.
+
+    What has names, `period`, `origin` or `destination`, is put in the order of this city's by them; what has none is in that order.
+    Trips within a zone use no link: they are left out, and the record's source says how many.
+    """
     file = Path(path)
     if not file.is_file():
         raise BadInput(f"{path}: expected a NetCDF file with recorded trips, found nothing")
@@ -106,6 +110,10 @@ def recorded(place: Place, path: str, licence: str = "not stated") -> xr.Dataset
     for name, size in expected.items():
         if record.sizes[name] != size:
             raise BadInput(f"{path}: expected {size} along {name}, got {record.sizes[name]}")
+        if name in record.coords:
+            record = record.isel({name: _order(path, name, record[name].values, place)})
+    if "time" not in record.coords or record["time"].dtype.kind != "M" or np.isnat(record["time"].values).any():
+        raise BadInput(f"{path}: expected a coordinate time of dates, as CF has them (days since 2023-01-01), got none")
     trips = record["trips"].values.astype(np.float32)
     wrong = np.argwhere(~(np.isfinite(trips) & (trips >= 0)))
     if len(wrong):
@@ -119,8 +127,24 @@ def recorded(place: Place, path: str, licence: str = "not stated") -> xr.Dataset
     if rain.shape != (len(trips),) or not (np.isfinite(rain) & (rain >= 0)).all():
         raise BadInput(f"{path}: expected rain (time) of 0 mm or more")
     digest = {"name": file.name, "place": str(file), "licence": licence, "size": file.stat().st_size}
-    made = _record(trips, rain, record["time"].values.astype("datetime64[D]"), place, f"recorded in {file.name}", licence)
+    within = float(np.einsum("dpzz->", trips.astype(float)))
+    source = f"recorded in {file.name}" + (
+        f", without the {within:,.0f} of {trips.sum(dtype=float):,.0f} trips within zones" if within else ""
+    )
+    made = _record(_without_diagonal(trips), rain, record["time"].values.astype("datetime64[D]"), place, source, licence)
     return made.assign_attrs(inputs=[{**digest, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}])
+
+
+def _order(path: str, name: str, found: np.ndarray, place: Place) -> list[int]:
+    """Where the city's periods or zones stand among those found. Raises BadInput."""
+    wanted = [period.name for period in PERIODS] if name == "period" else list(place.zone_name)
+    names = [str(each) for each in found]
+    if sorted(names) != sorted(wanted):
+        odd = next((each for each in names if each not in wanted or names.count(each) > 1), "")
+        raise BadInput(
+            f"{path}: {name}: expected {', '.join(wanted[:5])}{', ...' * (len(wanted) > 5)}, each once, or no names, got {odd!r}"
+        )
+    return [names.index(each) for each in wanted]
 
 
 def _record(trips: np.ndarray, rain: np.ndarray, date: np.ndarray, place: Place, source: str, licence: str) -> xr.Dataset:
@@ -148,8 +172,8 @@ def _by_period(purpose: str, kind: demand.Day) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _without_diagonal(trips: np.ndarray) -> np.ndarray:
-    """Ways within a zone use no link and are left out."""
-    return trips * (1 - np.eye(len(trips)))
+    """Ways within a zone use no link and are left out; `[..., zone, zone]`."""
+    return trips * (1 - np.eye(trips.shape[-1], dtype=trips.dtype))
 
 
 def _rain(random: np.random.Generator, days: int) -> np.ndarray:

@@ -105,7 +105,8 @@ def ban(city: City, vehicles: Fleet, banned: Sequence[str], links: Array, zones:
     """A low-emission zone: banned vehicles go round its links, `[link]` 0 or 1, and reach no zone in it, `[zone]` 0 or 1.
 
     Of the trips that banned vehicles made to, from and within its zones, the share `replaced` is made by what is allowed, in the
-    proportions of the rest of its kind; the others go by other modes. Raises BadInput where nothing would be allowed.
+    proportions of the rest of its kind; the others go by other modes. There are two classes of users, so that there can be one such zone.
+    Raises BadInput where nothing would be allowed.
     """
     out = np.array([name in banned for name in vehicles.classes], np.float32)
     share = jnp.asarray(city.fleet[MEETS])

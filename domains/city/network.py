@@ -34,6 +34,7 @@ class Network:
       link_id: the file's own name of a link, `[link]`. name: of its street, "" where it has none, `[link]`.
       kind: road class (OSM's words where they are known), `[link]`.
       zone: node index of each centroid, `[zone]`.
+      zone_id: the file's own name of a zone, `[zone]`; None for 1, 2, ...
       through_zones: whether a trip may pass through a centroid that is neither its origin nor its destination.
       lon, lat: degrees, WGS84, `[node]`, where they are known. utm: the zone that x and y are in, +32 north, -32 south.
       turn_bans: pairs (link, link) that may not follow each other, `[ban, 2]`.
@@ -58,6 +59,7 @@ class Network:
     name: np.ndarray
     kind: np.ndarray
     zone: np.ndarray
+    zone_id: np.ndarray | None = None
     through_zones: bool = True
     lon: np.ndarray | None = None
     lat: np.ndarray | None = None
@@ -83,6 +85,11 @@ class Network:
     def zones(self) -> int:
         """How many zones there are."""
         return len(self.zone)
+
+    @property
+    def zone_names(self) -> list[str]:
+        """The file's own name of each zone, or 1, 2, ..."""
+        return [str(k + 1) for k in range(self.zones)] if self.zone_id is None else self.zone_id.tolist()
 
     @property
     def free_time(self) -> np.ndarray:
@@ -145,7 +152,9 @@ def build(*, start: np.ndarray, end: np.ndarray, length: np.ndarray | float, **g
             parts[key] = np.asarray(parts[key], float)
     for key in ("name", "kind", "link_id"):
         parts[key] = np.full(links, parts[key]) if isinstance(parts[key], str) else np.asarray(parts[key], dtype=str)
-    parts["node_id"] = np.asarray(parts["node_id"], dtype=str)
+    for key in ("node_id", "zone_id"):
+        if parts.get(key) is not None:
+            parts[key] = np.asarray(parts[key], dtype=str)
     if parts.get("turn_bans") is not None:
         parts["turn_bans"] = np.asarray(parts["turn_bans"], np.int64).reshape(-1, 2)
     ends: dict[str, Any] = {"start": np.asarray(start, np.int64), "end": np.asarray(end, np.int64), "zone": np.asarray(zone, np.int64)}
@@ -214,6 +223,16 @@ def reached(network: Network) -> np.ndarray:
     return answer
 
 
+def courses(network: Network, links: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The straight pieces that links run along: their ends, m, `[piece, 2]` each, and the index in `links` of whose they are, `[piece]`."""
+    if network.shape is None:
+        xy = np.stack([network.x, network.y], axis=1)
+        return xy[network.start[links]], xy[network.end[links]], np.arange(len(links))
+    shapes = [network.shape[link] for link in links]
+    owner = np.repeat(np.arange(len(links)), [len(points) - 1 for points in shapes])
+    return np.concatenate([points[:-1] for points in shapes]), np.concatenate([points[1:] for points in shapes]), owner
+
+
 def select(network: Network, keep: np.ndarray) -> Network:
     """The network with the links `keep` (mask or indices, `[link]`) alone; all nodes stay, bans of lost links go."""
     links = np.arange(network.links)[keep]
@@ -269,6 +288,8 @@ def _check_links(network: Network) -> None:
         raise BadInput(f"zone {wrong[0]}: its node index is {network.zone[wrong[0]]}, expected 0 to {network.nodes - 1}")
     if len(np.unique(network.zone)) != network.zones:
         raise BadInput("network: expected one zone a centroid node, got two zones at the same node")
+    if len(set(network.zone_names)) != network.zones or len(network.zone_names) != network.zones:
+        raise BadInput(f"network: expected {network.zones} zone_id that differ, one a zone, got {', '.join(network.zone_names)}")
     for name, unit in (("length", "m"), ("free_speed", "m/s"), ("capacity", "veh/h"), ("lanes", "")):
         value = getattr(network, name)
         _refuse(network, ~(np.isfinite(value) & (value > 0)), f"a finite positive {name}{f' in {unit}' if unit else ''}", value)
@@ -293,7 +314,8 @@ def _check_ways(network: Network, trips: np.ndarray) -> None:
     names = network.node_id[network.zone]
     some = ", ".join(f"{names[a]} to {names[b]}" for a, b in lost[:3])
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-    raise BadInput(f"network is broken: no way from zone {some}{more}; expected every zone to reach those it has trips to")
+    closed = "" if network.through_zones else "; nobody drives through a centroid here (through_zones of a GMNS config.csv)"
+    raise BadInput(f"network is broken: no way from zone {some}{more}; expected every zone to reach those it has trips to{closed}")
 
 
 def _refuse(network: Network, wrong: np.ndarray, expected: str, value: np.ndarray) -> None:

@@ -363,6 +363,8 @@ def optimise_files(
     demand: str | None = None,
     made_up: Mapping[str, Any] | None = None,
     zones: int = 40,
+    population: float | None = None,
+    junction_delay: float = place.JUNCTION_DELAY,
     aim: Mapping[str, float] | None = None,
     tolls: Mapping[str, Any] | None = None,
     signals: Mapping[str, Any] | None = None,
@@ -372,7 +374,9 @@ def optimise_files(
 ) -> list[str]:
     """Optimises a city and writes the answer into `folder`; returns what came out, in lines.
 
-    The city is that of a `network` and a `demand` of veh/h (`calibration.read_trips`), or else a made-up one on a weekday morning.
+    The city is that of a `network` and a `demand` of veh/h (`calibration.read_trips`), or else a made-up one on a weekday morning; the
+    junction at the end of a link costs `junction_delay`, s, as in `place.junction_delay`. Where the zones have no people, those of
+    `population` live in them as `place.of` says; only NO2 asks for them.
     Written: gmns/ (the network with tolls and capacities), trips.npz, tolls.csv, streets.csv, splits.csv, optimum.json, convergence.svg
     and, where there is a map, map.png. Raises BadInput.
     """
@@ -380,31 +384,36 @@ def optimise_files(
         raise BadInput(f"value_of_time: expected euro/h above 0, got {value_of_time}")
     if rounds < 1:
         raise BadInput(f"rounds: expected 1 or more, got {rounds}")
-    city, trips = _city(network, demand, dict(made_up or {}), zones)
-    levers = _levers(city, dict(tolls or {}), dict(signals or {}), value_of_time)
+    if not (np.isfinite(junction_delay) and junction_delay >= 0):
+        raise BadInput(f"junction_delay: expected 0 s or more, got {junction_delay}")
     wanted = {name: float(weight) for name, weight in ({"time": 1.0} if aim is None else aim).items()}
-    air = None
-    if wanted.get("NO2"):
-        if not (city.people.sum() > 0 and city.network.has_map):
-            raise BadInput("aim.NO2: expected a network with a map and people in its zones, got one without")
-        air = Air.of(city)
+    city, trips = _city(network, demand, dict(made_up or {}), zones, population, bool(wanted.get("NO2")))
+    city = replace(city, delay=place.junction_delay(city.network, junction_delay))
+    levers = _levers(city, dict(tolls or {}), dict(signals or {}), value_of_time)
+    air = Air.of(city) if wanted.get("NO2") else None
     response = Response() if elastic else None
-    found = optimise(city.network, trips, levers, wanted, air=air, response=response, rounds=rounds, progress=progress)
+    roads = place.stopped(city.network, city.delay)
+    found = optimise(roads, trips, levers, wanted, air=air, response=response, rounds=rounds, progress=progress)
     return _write(found, city, levers, wanted, value_of_time, Path(folder))
 
 
-def _city(network: str | None, demand: str | None, made_up: dict[str, Any], zones: int) -> tuple[Place, np.ndarray]:
-    """The city, delays of its junctions in its free speeds, and its trips, veh/h."""
+def _city(
+    network: str | None, demand: str | None, made_up: dict[str, Any], zones: int, population: float | None, homes: bool
+) -> tuple[Place, np.ndarray]:
+    """The city and its trips, veh/h; with the people's `homes`, or, where nobody asks for them, with nobody."""
     if (network is None) != (demand is None):
         raise BadInput("optimise: expected network= and demand= together, or neither for the made-up city, got one of them")
     if network is not None and demand is not None:
         roads = with_zones(read_network(network), zones)
         trips = read_trips(demand, roads)
         check(roads, Demand(trips))
-        xy = np.stack([roads.x, roads.y], axis=1)[roads.zone]
-        people = np.zeros(roads.zones) if roads.population is None else roads.population
-        names = tuple(f"Zone {name}" for name in roads.node_id[roads.zone])
-        return Place(roads, names, xy, people, np.arange(roads.zones), np.zeros(roads.links), source=roads.source), trips
+        if homes:
+            city = place.of(roads, population=population)
+            if not city.people.sum() > 0:
+                raise BadInput("aim.NO2: expected people in the zones of the network, or population=, got nobody")
+            return city, trips
+        xy, nobody = np.stack([roads.x, roads.y], axis=1)[roads.zone], np.zeros(roads.zones)
+        return Place(roads, place.zone_names(roads), xy, nobody, np.arange(roads.zones), place.junction_delay(roads)), trips
     try:
         town = place.synthetic(**made_up)
     except TypeError as error:
@@ -412,7 +421,7 @@ def _city(network: str | None, demand: str | None, made_up: dict[str, Any], zone
     record = days.simulated(town, "2024-01-01", 14, int(made_up.get("seed", 0)))
     workday = days.weekday_of(record["time"].values) < 5
     trips = record["trips"].values[workday, 0].mean(0).astype(float) / days.LENGTHS[0]
-    return replace(town, network=place.stopped(town.network, town.delay)), trips
+    return town, trips
 
 
 def _levers(city: Place, tolls: dict[str, Any], wanted: dict[str, Any], value_of_time: float) -> Levers:

@@ -33,6 +33,17 @@ def write(place: Place, dataset: xr.Dataset, indicators: Mapping[str, Mapping[st
             makers[name](place, dataset, folder)
 
 
+def check(place: Place, formats: Sequence[str]) -> None:
+    """Raises BadInput where a format cannot be written for this place, or here."""
+    network = place.network
+    if (degrees := [name for name in formats if name in ("geojson", "geopackage", "ngsi-ld")]) and (
+        network.utm is None or network.lon is None
+    ):
+        raise BadInput(f"format {degrees[0]}: it is in degrees; expected a network whose projection is known, got {network.source}")
+    if "geopackage" in formats:
+        _pyogrio()
+
+
 def link_values(dataset: xr.Dataset) -> dict[str, np.ndarray]:
     """Means over days of each link: flow by case and part of the day, and its change, veh/h; vehicles a day."""
     flow = dataset["flow"].values[:, 0].mean(0)  # [case, period, link]
@@ -76,11 +87,7 @@ def write_geojson(place: Place, dataset: xr.Dataset, folder: Path) -> None:
 
 def write_geopackage(place: Place, dataset: xr.Dataset, folder: Path) -> None:
     """`city.gpkg` with the layers links and air, in degrees (WGS 84). Raises BadInput without pyogrio."""
-    try:
-        import pyogrio.raw
-    except ModuleNotFoundError:
-        raise BadInput("format geopackage: expected pyogrio, which is not installed: pip install 'twinsim[city]'") from None
-    network = place.network
+    pyogrio, network = _pyogrio(), place.network
     lines = [_wkb_line(geojson.course(network, link)) for link in range(network.links)]
     fixed = {"link_id": network.link_id.astype(object), "street": network.name.astype(object), "length_m": network.length}
     layers = {
@@ -88,7 +95,7 @@ def write_geopackage(place: Place, dataset: xr.Dataset, folder: Path) -> None:
         "air": ([_wkb_point(point) for point in _degrees(place)], "Point", receptor_values(place, dataset)),
     }
     for layer, (geometry, kind, columns) in layers.items():
-        pyogrio.raw.write(
+        pyogrio.write(
             folder / "city.gpkg", np.array(geometry, object), [np.asarray(values) for values in columns.values()], list(columns),
             layer=layer, driver="GPKG", geometry_type=kind, crs="EPSG:4326", append=(folder / "city.gpkg").exists(),
         )  # fmt: skip
@@ -156,6 +163,14 @@ def write_gmns(place: Place, dataset: xr.Dataset, folder: Path) -> None:
     (folder / "gmns" / "link_performance.csv").write_text("\n".join(rows) + "\n")
 
 
+def _pyogrio() -> Any:
+    try:
+        import pyogrio.raw
+    except ModuleNotFoundError:
+        raise BadInput("format geopackage: expected pyogrio, which is not installed: pip install 'twinsim[city]'") from None
+    return pyogrio.raw
+
+
 def _simulated(case: str, time: str) -> dict[str, Any]:
     return {
         "dateObserved": _property(time),
@@ -169,9 +184,8 @@ def _property(value: Any, unit: str = "") -> dict[str, Any]:
 
 
 def _degrees(place: Place) -> np.ndarray:
-    """Longitude and latitude of the receptors, `[receptor, 2]`. Raises BadInput."""
-    if place.network.utm is None:
-        raise BadInput("formats in degrees: expected a network whose projection is known, this one has none")
+    """Longitude and latitude of the receptors, `[receptor, 2]`."""
+    assert place.network.utm is not None  # see `check`
     return np.stack(to_degrees(place.receptors[:, 0], place.receptors[:, 1], place.network.utm), axis=1)
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from scipy.spatial import cKDTree
 
+from domains.city import gmns
 from domains.city import synthetic as made_up
 from domains.city.equilibrium import equilibrium
-from domains.city.network import Network, check, find_street
+from domains.city.exposure import people_at
+from domains.city.network import Network, check, courses, find_street
 from domains.city.readers import read_network
 from domains.city.simplify import prepare
 from twinsim.base import BadInput
@@ -128,41 +130,57 @@ def stopped(network: Network, delay: np.ndarray) -> Network:
     return replace(network, free_speed=network.length / (network.free_time + delay))
 
 
-def read(path: str, zones: int = 24, spacing: float = 330.0, population: float | None = None, licence: str = "not stated") -> Place:
-    """A city from a road network of any format that `readers.read_network` knows.
+def read(
+    path: str, zones: int = 24, spacing: float = 330.0, population: float | None = None, licence: str = "not stated", **options: Any
+) -> Place:
+    """A city from a road network of any format that `readers.read_network` knows; `options` are those of the format's own reader: TNTP
+    needs `nodes`, the file of their positions.
 
-    A map without zones gets `zones` districts and a gate at each road out of it. Where the file tells nobody's home, `population` people
-    and half as many jobs are spread over the zones by the length of their minor streets, which is an assumption. Raises BadInput.
+    A map without zones gets `zones` districts and a gate at each road out of it; people are those of `of`. Raises BadInput.
     """
-    network = read_network(path)
+    try:
+        network = read_network(path, **options)
+    except TypeError as error:
+        raise BadInput(f"{path}: expected options of the reader of this format, got: {error}") from None
     if not network.zones:
         network = prepare(network, zones)
     check(network)
+    place = Path(path)
+    read_from = [file for name in gmns.TABLES if (file := place / name).is_file()] if place.is_dir() else [place]
+    read_from += [Path(options["nodes"])] if "nodes" in options else []
+    return replace(of(network, spacing, population), licence=licence, inputs=[_input(file, licence) for file in read_from])
+
+
+def of(network: Network, spacing: float = 330.0, population: float | None = None) -> Place:
+    """The city of a checked network with zones.
+
+    Where the network tells nobody's home, `population` people and half as many jobs are spread over the zones by the length of their
+    streets with houses, which is an assumption: `STREET_LIFE`. Raises BadInput.
+    """
     if not network.has_map:
-        raise BadInput(f"{path}: expected a network with the positions of its nodes, got one without")
+        raise BadInput(
+            f"{network.source}: expected a network with the positions of its nodes, got one without; TNTP has them in a file nodes="
+        )
     if network.population is None or network.jobs is None:
         if population is None:
-            raise BadInput(f"{path}: expected people and jobs of each zone in the file, or population= for the whole, got neither")
+            raise BadInput(
+                f"{network.source}: expected people and jobs of each zone in the file, or population= for the whole, got neither"
+            )
         network = _peopled(network, population)
     centre = np.array([np.median(network.x), np.median(network.y)])
     radius = float(np.quantile(np.hypot(network.x - centre[0], network.y - centre[1]), 0.98))
     receptors, people, zone_of = _receptors(network, spacing, np.arange(network.zones), centre, radius)
-    place = Path(path)
-    digest = hashlib.sha256(place.read_bytes()).hexdigest() if place.is_file() else ""
-    inputs = [{"name": place.name, "place": str(place), "licence": licence, "sha256": digest, "size": place.stat().st_size}]
-    names = tuple(f"Zone {name}" for name in network.node_id[network.zone])
-    return Place(
-        network,
-        names,
-        receptors,
-        people,
-        zone_of,
-        junction_delay(network),
-        None,
-        licence,
-        network.source or place.name,
-        inputs if digest else (),
-    )
+    return Place(network, zone_names(network), receptors, people, zone_of, junction_delay(network), source=network.source)
+
+
+def zone_names(network: Network) -> tuple[str, ...]:
+    """What districts without a name of their own are called, `[zone]`."""
+    return tuple(f"Zone {name}" for name in network.node_id[network.zone])
+
+
+def _input(file: Path, licence: str) -> dict[str, Any]:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"name": file.name, "place": str(file), "licence": licence, "sha256": digest, "size": file.stat().st_size}
 
 
 def _peopled(network: Network, population: float) -> Network:
@@ -173,23 +191,30 @@ def _peopled(network: Network, population: float) -> Network:
     return replace(network, population=population * share / share.sum(), jobs=0.5 * population * share / share.sum())
 
 
+def _apart(point: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+    """Distance of a point, `[2]`, from the nearest of the lines from `a` to `b`, `[line, 2]`, m."""
+    along = np.clip(((point - a) * (b - a)).sum(1) / np.maximum(((b - a) ** 2).sum(1), 1e-9), 0, 1)
+    return float(np.hypot(*(point - a - along[:, None] * (b - a)).T).min())
+
+
 def _receptors(
     network: Network, spacing: float, zones: np.ndarray, centre: np.ndarray, radius: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A square grid of points within the radius, off the roads; the people of each of `zones` live in equal parts at those nearest it."""
+    """A square grid of points within the radius, off the roads; the people of each of `zones` live in equal parts at those nearest it,
+    or, where there are none, at the point next to its centroid."""
     if not 50 <= spacing <= radius:
         raise BadInput(f"receptors: expected a spacing of 50 m to {radius:.0f} m, got {spacing:g}")
     steps = np.arange(-np.floor(radius / spacing), np.floor(radius / spacing) + 1) * spacing
     grid = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2) + centre
     xy = np.stack([network.x, network.y], axis=1)
-    roads = network.kind != CONNECTOR
-    a, b = xy[network.start[roads]], xy[network.end[roads]]
-    along = np.clip(np.einsum("rld,ld->rl", grid[:, None] - a, b - a) / np.maximum(((b - a) ** 2).sum(1), 1e-9), 0, 1)
-    apart = np.linalg.norm(grid[:, None] - (a + along[..., None] * (b - a)), axis=-1).min(1)
-    grid = grid[(np.hypot(*(grid - centre).T) <= radius) & (apart >= NEAREST)]
+    grid = grid[np.hypot(*(grid - centre).T) <= radius]
+    a, b, _ = courses(network, np.flatnonzero(network.kind != CONNECTOR))
+    grid = grid[np.array([_apart(point, a, b) >= NEAREST for point in grid], bool)]
     if not len(grid):
         raise BadInput(f"receptors: no point of a grid of {spacing:g} m lies {NEAREST:g} m or more from every road; expected a finer one")
     assert network.population is not None
     zone_of = zones[cKDTree(xy[network.zone[zones]]).query(grid)[1]]
     count = np.bincount(zone_of, minlength=network.zones)
-    return grid, (network.population / np.maximum(count, 1))[zone_of], zone_of
+    without = zones[count[zones] == 0]
+    people = people_at(grid, xy[network.zone[without]], network.population[without])
+    return grid, people + (network.population / np.maximum(count, 1))[zone_of], zone_of

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pydantic
 
-from domains.city import interventions
-from domains.city.days import LENGTHS, PERIODS, WEEKDAYS
+from domains.city import interventions, outputs
+from domains.city.days import LENGTHS, PERIODS, WEEKDAYS, weekday_of
 from domains.city.equilibrium import Paths, equilibria
 from domains.city.interventions import City as State
 from domains.city.network import check, reached, select
@@ -164,6 +164,12 @@ class CityScenario(Scenario):
     counts: list[Count] = pydantic.Field(default=[], max_length=60)
     formats: list[Literal["netcdf", "geojson", "geopackage", "ngsi-ld", "gmns"]] = []  # type: ignore[assignment]  # wider than any domain's
 
+    @pydantic.model_validator(mode="after")
+    def _rains_once(self) -> "CityScenario":
+        if (self.rain > 0) + sum(isinstance(each, Rain) for each in [*self.both, *self.interventions]) > 1:
+            raise ValueError("expected rain once: rain: mm before and after, or an intervention do: rain, got both or several")
+        return self
+
 
 @dataclass(frozen=True)
 class CityQuestion(Question):
@@ -175,6 +181,14 @@ class CityQuestion(Question):
 def ask(twin: "CityTwin", scenario: CityScenario) -> CityQuestion:
     """A checked scenario as the conditions of one day, `[1, ...]`: the kind of day, and the city before and after. Raises BadInput."""
     network = twin.place.network
+    outputs.check(twin.place, scenario.formats)
+    learnt = twin.record.isel(time=twin.rows("train"))
+    known = np.unique(weekday_of(learnt["time"].values))
+    if WEEKDAYS.index(scenario.weekday) not in known:
+        names = ", ".join(WEEKDAYS[day] for day in known)
+        raise BadInput(
+            f"scenario {scenario.title!r}: weekday: expected one that the record has for training, {names}, got {scenario.weekday}"
+        )
     toll = np.zeros(network.links) if network.toll is None else network.toll
     state = interventions.base(
         network.free_speed, network.capacity, toll, network.zones, len(PERIODS), twin.fleet, len(twin.place.receptors)
@@ -197,7 +211,10 @@ def ask(twin: "CityTwin", scenario: CityScenario) -> CityQuestion:
     coords = {"time": ("time", np.array([_next(scenario.weekday)]).astype("datetime64[ns]"))}
     changes = [_words(each) for each in scenario.interventions]
     constrain, misses = _counted(twin, scenario, before) if scenario.counts else (None, None)
-    return CityQuestion(condition, scenario.members, coords, scenario.title, constrain, misses, _notes(scenario), changes)
+    notes = _notes(scenario)
+    if rain and not learnt["rain"].values.any():
+        notes.append("The record has no rain: the trips are those of dry days.")
+    return CityQuestion(condition, scenario.members, coords, scenario.title, constrain, misses, notes, changes)
 
 
 def _counted(twin: "CityTwin", scenario: CityScenario, before: State) -> tuple[Any, Any]:
@@ -218,18 +235,25 @@ def _counted(twin: "CityTwin", scenario: CityScenario, before: State) -> tuple[A
     value, error = (np.array([getattr(each, name) for each in scenario.counts], np.float32) for name in ("vehicles", "error"))
     sample, kind = twin.days(twin.rows("train"))
     alike = np.asarray(kind["weekday"]) == WEEKDAYS.index(scenario.weekday)
-    usual = np.stack([np.asarray(values)[alike].mean(0) for values in sample.values()]) * np.asarray(before.trips)[interventions.MEETS]
+    usual = np.stack([np.asarray(values)[alike].mean(0) for values in sample.values()])  # [period, zone, zone]
+    part, extra = np.asarray(before.trips, float), np.asarray(before.extra, float)  # [user, zone, zone], [period, zone, zone]
+    wanted = usual[:, None] * part
+    wanted[:, interventions.MEETS] += extra
     there = stopped(
         replace(network, free_speed=np.asarray(before.free_speed, float), capacity=np.maximum(before.capacity, 1.0)), twin.place.delay
     )
-    settled = equilibria(there, usual / LENGTHS[:, None, None], 1e-4, closed=np.asarray(before.capacity)[None] <= 0)
-    share = np.stack([_shares(settled[p].paths, one, network.zones) for p, one in zip(period, link, strict=True)])  # [count, zone, zone]
-    per_hour = (share / LENGTHS[period][:, None, None]).astype(np.float32)
+    toll = np.broadcast_to(np.asarray(before.charge, float), (len(usual), *before.charge.shape))
+    closed = np.asarray(before.capacity)[None] <= 0
+    settled = equilibria(there, wanted / LENGTHS[:, None, None, None], 1e-4, toll=toll, closed=closed)
+    share = np.stack([_shares(settled[p].paths, one, part.shape) for p, one in zip(period, link, strict=True)])
+    share /= LENGTHS[period][:, None, None, None]  # [count, user, zone, zone]
+    per_hour = (share * part).sum(1).astype(np.float32)
+    on_top = (share[:, interventions.MEETS] * extra[period]).sum((1, 2)).astype(np.float32)
     names = list(twin.sample)
 
     def expected(sample: Sample) -> Array:
         trips = jnp.stack([jnp.asarray(sample[names[p]]) for p in period])
-        return (trips * per_hour).sum((1, 2))
+        return (trips * per_hour).sum((1, 2)) + on_top
 
     def constrain(decode: Callable[[Target], Sample], condition: Condition) -> list[Constraint]:
         return [Observation(lambda target: expected(decode(target)), value, error)]
@@ -241,12 +265,12 @@ def _counted(twin: "CityTwin", scenario: CityScenario, before: State) -> tuple[A
     return constrain, misses
 
 
-def _shares(paths: Paths, link: int, zones: int) -> np.ndarray:
-    """The share of each pair's trips that uses a link, `[zone, zone]`; 0 for a pair without trips."""
+def _shares(paths: Paths, link: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The share of each class's and pair's trips that uses a link, `[user, zone, zone]` of `shape`; 0 for a pair without trips."""
     uses = paths.links[:, [link]].toarray()[:, 0] > 0
-    total, over = np.zeros((zones, zones)), np.zeros((zones, zones))
-    np.add.at(total, (paths.origin, paths.destination), paths.flow)
-    np.add.at(over, (paths.origin[uses], paths.destination[uses]), paths.flow[uses])
+    total, over = np.zeros(shape), np.zeros(shape)
+    np.add.at(total, (paths.user, paths.origin, paths.destination), paths.flow)
+    np.add.at(over, (paths.user[uses], paths.origin[uses], paths.destination[uses]), paths.flow[uses])
     return over / np.maximum(total, 1e-12)
 
 
@@ -268,6 +292,8 @@ def _make(twin: "CityTwin", state: State, each: Any) -> State:
         case SpeedLimit():
             return interventions.limit_speed(state, _links(twin, each), each.kmh / 3.6)
         case LowEmissionZone():
+            if np.asarray(state.trips)[interventions.FAILS].any():
+                raise BadInput("low_emission_zone: expected one of them, which names all its districts, got a second one")
             banned = interventions.below_standard(twin.fleet, each.diesel, each.petrol)
             inside = _mask(network.zones, place.zones_called(each.districts))
             links = _mask(network.links, place.links_in(each.districts))

@@ -228,10 +228,11 @@ def without_lone_nodes(network: Network) -> Network:
     used[network.start] = used[network.end] = True
     new = np.cumsum(used) - 1
     kept = used[network.zone]
-    changed: dict[str, Any] = {key: getattr(network, key) for key in ("x", "y", "lon", "lat", "node_id", "population", "jobs")}
+    of_zone = ("zone_id", "population", "jobs")
+    changed: dict[str, Any] = {key: getattr(network, key) for key in ("x", "y", "lon", "lat", "node_id", *of_zone)}
     for key, value in changed.items():
         if value is not None:
-            changed[key] = value[kept] if key in ("population", "jobs") else value[used]
+            changed[key] = value[kept] if key in of_zone else value[used]
     ends = {"start": new[network.start], "end": new[network.end], "zone": new[network.zone[kept]]}
     return dataclasses.replace(network, **changed | ends)
 
@@ -285,6 +286,7 @@ def _with_centroids(
         toll=None if network.toll is None else more("toll", 0.0),
         shape=None if network.shape is None else network.shape + courses,
         zone=np.concatenate([network.zone, network.nodes + np.arange(len(middle))]),
+        zone_id=None,
         population=None,
         jobs=None,
         through_zones=False,

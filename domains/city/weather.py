@@ -14,10 +14,12 @@ import numpy as np
 
 from domains.city import dispersion
 from domains.city.dispersion import Heights
+from domains.city.network import courses
 from domains.city.place import Place
 from twinsim.base import BadInput
 
 DIRECTIONS = 12
+BLOCK = 128  # roads that are computed together
 SHIFT = 0.25  # probability that the wind has turned by one sector, to either side, from the day's own
 
 
@@ -96,22 +98,31 @@ class Winds:
 
     @cached_property
     def unit(self) -> np.ndarray:
-        """What 1 g/(m s) of each road adds at each receptor in each type of weather, s/m2 (g/m3 of it), `[type, receptor, road]`."""
+        """What 1 g/(m s) of each road adds at each receptor in each type of weather, s/m2 (g/m3 of it), `[type, receptor, road]`.
+
+        A road's whole emission, by its length, lies evenly along its course, however roughly that is drawn.
+        """
         states = [state for _ in range(DIRECTIONS) for state in self.stabilities]
         direction = np.repeat(np.arange(DIRECTIONS) * 360.0 / DIRECTIONS, len(self.stabilities))
         network, roads = self.place.network, self.place.roads
-        xy = np.stack([network.x, network.y], axis=1)
-        each = np.eye(len(roads), dtype=np.float32)[None]
-        parts = []
+        start, end, owner = courses(network, roads)
+        drawn = np.bincount(owner, np.maximum(np.hypot(*(end - start).T), 1e-3), len(roads))
+        strength = (network.length[roads] / drawn)[owner]
+        borders = np.searchsorted(owner, np.arange(0, len(roads) + BLOCK, BLOCK))
+        most = np.diff(borders).max()  # all blocks are filled up to it, so that they are compiled once
+        unit = np.empty((self.types, len(self.place.receptors), len(roads)), np.float32)
         with jax.ensure_compile_time_eval():  # it may be asked for first while a draw is traced
             for chosen in np.array_split(np.arange(self.types), DIRECTIONS):
                 weather = dispersion.surface_layer(
                     np.array([states[i].wind for i in chosen]), direction[chosen], np.array([states[i].heat_flux for i in chosen]),
                     np.array([states[i].mixing_height for i in chosen]), np.full(len(chosen), self.roughness), np.full(len(chosen), 10.0),
                 )  # fmt: skip
-                emission = np.broadcast_to(each, (len(chosen), *each.shape[1:]))
-                found = dispersion.concentration(
-                    xy[network.start[roads]], xy[network.end[roads]], self.place.receptors, emission, weather, Heights()
-                )
-                parts.append(np.asarray(found).transpose(0, 2, 1))
-        return np.concatenate(parts)
+                for block, first in enumerate(range(0, len(roads), BLOCK)):
+                    pieces = np.minimum(borders[block] + np.arange(most), borders[block + 1] - 1)
+                    count = borders[block + 1] - borders[block]
+                    each = np.zeros((BLOCK, most), np.float32)
+                    each[owner[pieces[:count]] - first, np.arange(count)] = strength[pieces[:count]]
+                    emission = np.broadcast_to(each, (len(chosen), *each.shape))
+                    found = dispersion.concentration(start[pieces], end[pieces], self.place.receptors, emission, weather, Heights())
+                    unit[chosen, :, first : first + BLOCK] = np.asarray(found).transpose(0, 2, 1)[..., : len(roads) - first]
+        return unit
