@@ -188,6 +188,34 @@ def test_unrolled_episode_does_what_is_proposed(twin):
     assert all(np.array_equal(alone[name], outcome[name][1]) for name in outcome)
 
 
+def test_what_is_told_of_an_episode_is_what_the_policy_saw_whatever_ends_before_it(twin):
+    """In a noisy world, beside one that begins at its goal and so ends first; to the bit, its last observation too."""
+    noisy = dataclasses.replace(twin, task=dataclasses.replace(SHORT, hold=6))
+    start = TASK.draw(np.random.default_rng(5), 2, "wide")
+    for axis in "xy":
+        start[f"goal_{axis}"][0] = start[f"puck_{axis}"][0] = 0.2
+    question = noisy.question(start, nominal(2, noise=3.0, dropout=0.1, flips=0.01), 1, "two")
+
+    def propose(condition, key):
+        tip = condition["observation"][4:6]
+        return {"way_x": jnp.full(6, tip[0] - 0.02), "way_y": jnp.full(6, tip[1])}
+
+    condition = {name: jnp.asarray(values) for name, values in question.condition.items()}
+    keys = jax.random.split(jax.random.key(0), 2)
+    together = jax.jit(jax.vmap(lambda c, k: noisy.unroll(propose, c, k)))(condition, keys)
+    assert together["success"].tolist() == [1, 0] and together["length"].tolist() == [6, 24]
+    alone = jax.jit(lambda c, k: noisy.unroll(propose, c, k))
+    for row in range(2):
+        single = alone({name: values[row] for name, values in condition.items()}, keys[row])
+        assert all(np.array_equal(single[name], together[name][row]) for name in single)
+    seen = np.stack([together[f"seen_tip_{axis}"][1] for axis in "xy"], -1).reshape(8, 3, 2)
+    way = seen[:, :1] - np.array([0.02, 0])
+    done = np.stack([together[f"move_{axis}"][1] for axis in "xy"], -1).reshape(8, 3, 2)
+    np.testing.assert_allclose(done, [push.at_most_one(each) for each in (way - seen) / push.REACH], atol=1e-5)
+    (kept,) = noisy.episodes({name: np.asarray(values)[None] for name, values in together.items()}, question.condition)
+    assert np.abs(kept.final[4:6] - [together["tip_x"][0, 6], together["tip_y"][0, 6]]).max() > 1e-5
+
+
 def test_a_demonstrator_that_proposes_gets_the_puck_home(twin):
     """Closed loop: with the demonstrator's own way point as every proposal, episodes succeed and keep every rule."""
     whole = dataclasses.replace(twin, task=TASK, window=1, stride=1)

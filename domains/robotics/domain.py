@@ -303,10 +303,8 @@ class Motions:
 
     def _sensed(self, seen: np.ndarray, faults: np.ndarray, world: np.ndarray) -> np.ndarray:
         """What sensors tell of the first observation."""
-        return self._told(worlds.Sensors(np.asarray(faults).reshape(-1)), _flat(seen), _flat(world)).reshape(np.shape(seen))
-
-    def _told(self, sensors: worlds.Sensors, seen: np.ndarray, world: np.ndarray) -> np.ndarray:
-        return np.asarray(sensors.tell(seen, world, self.task.observation, self.task.rate).told, np.float32)
+        sensors = worlds.Sensors(np.asarray(faults).reshape(-1)).tell(_flat(seen), _flat(world), self.task.observation, self.task.rate)
+        return np.asarray(sensors.told, np.float32).reshape(np.shape(seen))
 
     def _advance(
         self,
@@ -320,22 +318,19 @@ class Motions:
         world: np.ndarray,
     ) -> tuple[np.ndarray, ...]:
         """The state, the line, what was told last and what is told now, the actions and what came of them."""
-        lead, vector = np.shape(start)[:-1], _flat(world)
+        lead = np.shape(start)[:-1]
         ways = np.asarray(ways, np.float64).reshape(-1, *np.shape(ways)[-2:])
-        now = int(np.asarray(frame).flat[0])
-        seeds = np.asarray(faults).reshape(-1)
+        now = int(np.max(frame))  # of the episodes that still go on: what comes of the others, whose frame stands still, is not kept
         after, line, played = self.scene.advance(
             _flat(state).view(np.float64),
             np.asarray(sent).reshape(-1, *np.shape(sent)[-2:]),
             start_from(self.task, _flat(start)),
-            vector,
+            _flat(world),
             lambda step, seen: self.task.track(ways[:, step], seen),
             self.stride,
-            worlds.Sensors(seeds, now, _flat(before)),
+            worlds.Sensors(np.asarray(faults).reshape(-1), now, _flat(before)),
         )
-        last = played.seen[:, -1]
-        then = self._told(worlds.Sensors(seeds, now + self.stride, last), played.last, vector)
-        parts = (self._bits(after), line, last, then, played.action, played.after)
+        parts = (self._bits(after), line, played.seen[:, -1], played.last_seen, played.action, played.after)
         return tuple(np.asarray(part).reshape((*lead, *part.shape[1:])) for part in parts)
 
     def _again(
@@ -352,11 +347,13 @@ class Motions:
         return tuple(np.asarray(part, np.float32).reshape((*lead, *part.shape[1:])) for part in (*self.told(again), error))
 
     def told(self, played: Played) -> tuple[np.ndarray, ...]:
-        """What was and what was sensed, depth, gain, length and success of episodes, filled up to the frames of the task."""
+        """What was and what was sensed, depth, gain, length and success of episodes, which stand still from their length on."""
         length, success = reached(self.task, played.after)
-        rest = self.task.frames - played.action.shape[1]
-        was, seen = (np.concatenate([part, np.repeat(played.last[:, None], rest, 1)], 1) for part in (played.observation, played.seen))
-        depth, gain = (np.pad(part, ((0, 0), (0, rest))) for part in (played.depth, played.gain))
+        rows, rest = np.arange(self.task.frames)[None], self.task.frames - played.action.shape[1]
+        told = ((played.observation, played.last), (played.seen, played.last_seen))
+        until = np.minimum(rows, length[:, None])[..., None]
+        was, seen = (np.take_along_axis(np.concatenate([part, last[:, None]], 1), until, 1) for part, last in told)
+        depth, gain = (np.pad(part, ((0, 0), (0, rest))) * (rows < length[:, None]) for part in (played.depth, played.gain))
         length = np.where(success, length, self.task.frames)
         return was, seen, depth, gain, length.astype(np.float32), success.astype(np.float32)
 

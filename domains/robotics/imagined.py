@@ -100,7 +100,8 @@ class ModelStepper:
             self.step(done[-1])
             seen.append(self.observation)
         nothing = np.zeros((self.count, frames), np.float32)
-        return Played(np.stack(seen[:-1], 1), seen[-1], np.stack(seen[:-1], 1), np.stack(done, 1), nothing, nothing)
+        both = np.stack(seen[:-1], 1), seen[-1]
+        return Played(*both, *both, np.stack(done, 1), nothing, nothing)
 
     def replay(self, start: Start, world: np.ndarray, action: np.ndarray) -> Played:
         """Episodes from the start on with given actions `[count, frame, channel]`."""

@@ -122,21 +122,21 @@ def pursue(
     frames = task.frames if frames is None else frames
     limits = bounds(task.action)
     state, sent = scene.begin(start, world), np.zeros((len(world), LATEST, len(task.action)), np.float32)
-    seen, sensors = task.observe(scene.stepper(world), start), worlds.Sensors(np.arange(len(world)))
+    sensors = worlds.Sensors(np.arange(len(world)))
+    told = sensors.tell(task.observe(scene.stepper(world), start), world, task.observation, task.rate).told
+    assert told is not None
     mean: np.ndarray | None = None
     parts: list[Played] = []
     for first in range(0, frames, stride):
-        told = sensors.tell(seen, world, task.observation, task.rate).told
-        assert told is not None
         found = plan(planner, imagine, cost, state, told, limits, noise, mean)
         many = min(stride, frames - first)
         state, sent, played = scene.advance(state, sent, start, world, lambda frame, _: found[:, frame], many, sensors)  # noqa: B023
         parts.append(played)
-        seen, sensors = played.last, worlds.Sensors(sensors.seed, first + many, played.seen[:, -1])
+        told, sensors = played.last_seen, worlds.Sensors(sensors.seed, first + many, played.seen[:, -1])
         mean = np.concatenate([found[:, stride:], np.repeat(found[:, -1:], stride, 1)], 1)
     names = ("observation", "seen", "action", "depth", "gain")
     joined = {name: np.concatenate([getattr(part, name) for part in parts], 1) for name in names}
-    return Played(**joined, last=parts[-1].last)
+    return Played(**joined, last=parts[-1].last, last_seen=parts[-1].last_seen)
 
 
 def in_simulator(scene: Scene, start: Start, world: np.ndarray, samples: int) -> Imagine:

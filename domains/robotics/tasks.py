@@ -164,7 +164,7 @@ class Played:
 
     Attributes:
       observation: `[count, frame, channel]`, before each action, as it was; `last`: after the last, `[count, channel]`.
-      seen: as the sensors told it to the policy, `[count, frame, channel]`.
+      seen, last_seen: the same as the sensors told it to the policy.
       action: `[count, frame, channel]`.
       depth: how deep bodies were in each other, m, `[count, frame]`.
       gain: energy gained during each control step beyond the work of the actuators, J, `[count, frame]`.
@@ -173,6 +173,7 @@ class Played:
     observation: np.ndarray
     last: np.ndarray
     seen: np.ndarray
+    last_seen: np.ndarray
     action: np.ndarray
     depth: np.ndarray
     gain: np.ndarray
@@ -244,24 +245,26 @@ class Scene:
             late = np.round(worlds.of(world, "latency")).astype(int)
             sensors = worlds.Sensors(np.arange(count)) if sensors is None else sensors
             observed = np.zeros((count, frames + 1, len(task.observation)), np.float32)
-            told = np.zeros((count, frames, len(task.observation)), np.float32)
+            told = np.zeros_like(observed)
             line = np.concatenate([sent, np.zeros((count, frames, len(task.action)), np.float32)], 1).astype(np.float32)
             depth, gain = np.zeros((count, frames), np.float32), np.zeros((count, frames), np.float32)
             energy = stepper.read("energy").sum(1)
-            for frame in range(frames):
+            for frame in range(frames + 1):
                 seen = task.observe(stepper, start)
                 observed[:, frame] = seen
-                depth[:, frame] = self._depth(stepper)
                 sensors = sensors.tell(seen, world, task.observation, task.rate)
                 assert sensors.told is not None
                 told[:, frame] = sensors.told
+                if frame == frames:
+                    break
+                depth[:, frame] = self._depth(stepper)
                 line[:, LATEST + frame] = policy(frame, sensors.told)
                 due = line[np.arange(count), LATEST + frame - late].astype(np.float64)
                 net, gross = stepper.work(task.control(seen, due), task.steps)
                 before, energy = energy, stepper.read("energy").sum(1)
                 gain[:, frame] = np.maximum(energy - before - net - SOFT * task.load / 2 - ROUNDING * gross, 0.0)
-            observed[:, frames] = task.observe(stepper, start)
-            played = Played(observed[:, :frames], observed[:, frames], told, line[:, LATEST:], depth, gain)
+            both = observed[:, :frames], observed[:, frames], told[:, :frames], told[:, frames]
+            played = Played(*both, line[:, LATEST:], depth, gain)
             return stepper.state, line[:, frames:], played
 
     def _depth(self, stepper: CStepper) -> np.ndarray:
