@@ -1,7 +1,7 @@
 """Arms of the user: kinematics against MuJoCo's, servos where there are none, goals that are reached, and models that will not do."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mujoco
 import numpy as np
@@ -116,6 +116,18 @@ def test_joints_without_a_servo_get_one_and_others_keep_theirs(own: dict[str, An
     np.testing.assert_allclose(own["two"]._chained[0].rest, [0, 0.8, 0.6])
     assert own["two"].steps == round(1 / (20 * 0.004)) and two.opt.timestep == pytest.approx(0.05 / 12)
     assert [channel.name for channel in own["six"].observation][5] == "joint_wrist_bend"
+
+
+@pytest.mark.parametrize("gravity", [[0.0, 0.0, 0.0], [0.0, 0.0, -1.62], [0.0, 0.0, -9.80665], [3.0, 0.0, -4.0]])
+def test_gravity_is_that_of_the_file(tmp_path: Path, gravity: list[float]) -> None:
+    told = '<option gravity="{}" timestep'.format(" ".join(map(str, gravity)))
+    (tmp_path / "two.xml").write_text(SERVOED.replace("<option timestep", told))
+    scene = Scene(cast(Any, OwnReach(model=str(tmp_path / "two.xml"), tool="tip")))
+    assert worlds.of(scene.world(), "gravity") == pytest.approx(np.linalg.norm(gravity))
+    assert not scene.task.fields(scene.model, scene.world()[None])
+    down = gravity if any(gravity) else [0.0, 0.0, -1.0]
+    ten = scene.task.fields(scene.model, scene.world({"gravity": 10.0})[None])["opt.gravity"][0]
+    np.testing.assert_allclose(ten, 10 * np.array(down) / np.linalg.norm(down))
 
 
 def test_files_are_told(own: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def scripted(
     for _ in range(20):
         many = max(8, count - len(episodes))
         start = task.draw(noise, many, region)
-        vector = worlds.draw(noise, many, ranges)
+        vector = worlds.draw(noise, many, ranges, scene.world())
         episodes += successes(task, scene.play(start, vector, wobbling(task, noise, wobble)), vector, seed)
         if len(episodes) >= count:
             source = f"a scripted demonstrator with a wobble of {wobble:g}, starts {region}, simulated by MuJoCo"
@@ -114,7 +114,7 @@ def _arrays(path: Path) -> list[Episode]:
     return [Episode(observation[part].astype(np.float32), action[part].astype(np.float32)) for part in parts]
 
 
-def windows(task: Task, episodes: Iterable[Episode], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def windows(scene: Scene, episodes: Iterable[Episode], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every stretch of `size` control steps that begins in an episode; beyond its end the last way point stays.
 
     Returns:
@@ -122,11 +122,11 @@ def windows(task: Task, episodes: Iterable[Episode], size: int) -> tuple[np.ndar
     """
     seen, ways, world = [], [], []
     for episode in episodes:
-        way = np.asarray(task.way(episode.observation, episode.action), np.float32)
+        way = np.asarray(scene.task.way(episode.observation, episode.action), np.float32)
         rows = np.minimum(np.arange(episode.frames)[:, None] + np.arange(size), episode.frames - 1)
         seen.append(episode.observation)
         ways.append(way[rows])
-        world.append(np.repeat(worlds.world(episode.environment)[None], episode.frames, 0))
+        world.append(np.repeat(scene.world(episode.environment)[None], episode.frames, 0))
     return np.concatenate(seen), np.concatenate(ways), np.concatenate(world)
 
 

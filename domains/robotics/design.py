@@ -173,7 +173,7 @@ def optimise_files(
     """
     if task not in TASKS:
         raise BadInput(f"task {task}: expected one of {', '.join(TASKS)}")
-    vector = worlds.world(worlds.preset(world).values if isinstance(world, str) else world)
+    vector = Scene(TASKS[task]).world(worlds.preset(world).values if isinstance(world, str) else world)
     found = optimise(
         TASKS[task],
         vector,

@@ -154,7 +154,7 @@ class Motions:
     @cached_property
     def _windows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Observations, way points and worlds of every window of the demonstrations, then of their mirror images."""
-        seen, ways, world = windows(self.task, self.demonstrations.episodes, self.window)
+        seen, ways, world = windows(self.scene, self.demonstrations.episodes, self.window)
         images = jax.jit(jax.vmap(self.task.mirrored))(seen, ways)
         pairs = zip((seen, ways, world), (*images, world), strict=True)
         return tuple(np.concatenate([np.asarray(one), np.asarray(other)]) for one, other in pairs)  # type: ignore[return-value]
@@ -365,7 +365,7 @@ class Motions:
 
     @cached_property
     def _state_size(self) -> int:
-        world = worlds.world()[None]
+        world = self.scene.world()[None]
         start = {name: values[:1] for name, values in self.task.draw(np.random.default_rng(0), 1, "narrow").items()}
         return self._bits(self.scene.begin(start, world)).shape[1]
 
@@ -377,7 +377,7 @@ class Motions:
     # ------------------------------------------------------------ questions
 
     def ask(self, scenario: MotionScenario, folder: Path) -> Question:
-        vector = worlds.world({**(worlds.preset(scenario.world).values if scenario.world else {}), **scenario.parameters})
+        vector = self.scene.world({**(worlds.preset(scenario.world).values if scenario.world else {}), **scenario.parameters})
         start = self.task.draw(np.random.default_rng(scenario.seed), scenario.starts, scenario.region)
         question = self.question(start, np.repeat(vector[None], scenario.starts, 0), scenario.members, scenario.title)
         notes = [f"The world {scenario.world}: {worlds.preset(scenario.world).source}."] if scenario.world else []
@@ -411,7 +411,7 @@ class Motions:
         """Wide starts, their worlds and the demonstrator's own episodes from there, none of which was learnt from."""
         start = self.task.draw(np.random.default_rng(EXAM_SEED), self.exam_starts, "wide")
         start = start_from(self.task, start_of(self.task, start))
-        world = np.repeat(worlds.world()[None], self.exam_starts, 0)
+        world = np.repeat(self.scene.world()[None], self.exam_starts, 0)
         return start, world, self.scene.play(start, world, lambda _, seen: self.task.demonstrate(seen))
 
     def exam(self, members: int, most: int | None = None) -> tuple[Question, Sample]:

@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 
-from domains.robotics import sheet, worlds
+from domains.robotics import sheet
 from domains.robotics.arm import ArmPick, ArmPush, ArmReach
 from domains.robotics.flyer import Inspection, Landing
 from domains.robotics.push import PlanarPush
@@ -51,7 +51,8 @@ class TaskEnvironment(gymnasium.Env[np.ndarray, np.ndarray]):
         self.observation_space = Box(-np.inf, np.inf, (len(task.observation),), np.float32)
         lower, upper = (np.array([getattr(channel, side) for channel in task.action], np.float32) for side in ("lower", "upper"))
         self.action_space = self._actions = Box(lower, upper, dtype=np.float32)
-        self._scene, self._world = Scene(task), worlds.world(world)[None]
+        self._scene = Scene(task)
+        self._world = self._scene.world(world)[None]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Begins an episode; `options["start"]`, name -> value, says where, else it is drawn. Raises BadInput."""

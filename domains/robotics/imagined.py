@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domains.robotics import worlds
 from domains.robotics.dynamics import Dynamics
 from domains.robotics.tasks import Played, Policy, Start
 from twinsim.base import Array, BadInput, Statistics
@@ -90,7 +89,7 @@ class ModelStepper:
 
     def play(self, start: Start, world: np.ndarray, policy: Policy, frames: int | None = None) -> Played:
         """Episodes from the start on, as `tasks.Scene.play` has them. Raises BadInput for worlds other than the scene's own."""
-        if not np.allclose(world, worlds.world()):
+        if not np.allclose(world, self.domain.scene.world()):
             raise BadInput(f"{self.domain.name}: expected the scene's own world, since the model has learnt no other")
         frames = self.task.frames if frames is None else frames
         self.place(self.domain.at_rest(start))

@@ -54,8 +54,9 @@ def sections(
     changed = [
         (name, float(dataset[f"world_{name}"].values.flat[0])) for name in worlds.NAMES if np.ptp(dataset[f"world_{name}"].values) == 0
     ]
+    own = worlds.named(domain.scene.world())
     for name, value in changed:
-        if value != np.float32(worlds.NOMINAL[name]):
+        if value != own[name]:
             parameter = worlds.PARAMETERS[name]
             rows.append([parameter.long_name, f"{value:g} {parameter.units if parameter.units != '1' else ''}".strip()])
     text = [asked.asks, f"To expect: {asked.expect.strip()}"]

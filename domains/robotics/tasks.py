@@ -204,6 +204,10 @@ class Scene:
         self._last: tuple[bytes, CStepper] | None = None  # of many calls in a row for the same worlds
         self.turn = threading.RLock()  # each device calls from a thread of its own, and copies are stepped by one at a time
 
+    def world(self, values: Mapping[str, float] | None = None) -> np.ndarray:
+        """The vector of a world, `[parameter]`: as the scene is, its own gravity included, but for `values`. Raises BadInput."""
+        return worlds.world({"gravity": float(np.linalg.norm(self.model.opt.gravity)), **(values or {})})
+
     def stepper(self, world: np.ndarray) -> CStepper:
         """Copies in worlds `[count, parameter]`, the same ones as long as these are asked for."""
         made_for = np.ascontiguousarray(world, np.float32).tobytes()
