@@ -56,6 +56,24 @@ def test_good_urdf_is_a_model_and_its_gazebo_plugins_are_not_looked_at(tmp_path)
     assert opened.model.body_mass.sum() == pytest.approx(2)
 
 
+@pytest.mark.parametrize(("place", "told"), [("bob.obj", ""), ("parts/bob.obj", '<mujoco><compiler meshdir="parts"/></mujoco>')])
+def test_urdf_has_a_mesh_beside_it_or_in_the_folder_that_it_names(tmp_path, place, told):
+    text = URDF.replace("package://two/meshes/bob.obj", "bob.obj").replace('<link name="base"/>', f'{told}<link name="base"/>')
+    path = put(tmp_path, two_DOT_urdf=text)
+    put(tmp_path, **{place.replace("/", "__").replace(".", "_DOT_"): TETRAHEDRON})
+    opened = models.read(path)
+    assert opened.model.nmesh == 1 and opened.files == tuple(sorted((place, "two.urdf")))
+
+
+def test_what_a_urdf_shows_is_looked_at_only_where_it_is_kept(tmp_path):
+    text = URDF.replace("<visual><geometry><mesh filename", '<visual><geometry><mesh filename="file:///opt/bob.dae"/><mesh filename', 1)
+    put(tmp_path, bob_DOT_obj=TETRAHEDRON)
+    assert models.read(put(tmp_path, two_DOT_urdf=text)).model.nmesh == 1
+    kept = text.replace("</robot>", '<mujoco><compiler discardvisual="false"/></mujoco></robot>')
+    with pytest.raises(BadInput, match=r"mesh> filename: expected a file that ends in \.stl.*got 'file:///opt/bob.dae'"):
+        models.read(put(tmp_path, two_DOT_urdf=kept))
+
+
 def test_ranges_that_read_like_radians_are_noted(tmp_path):
     body = '<body><joint name="elbow" range="-1.57 1.57"/><geom size=".1"/></body>'
     trap = models.read(put(tmp_path, trap_DOT_xml=world(body)))

@@ -109,7 +109,8 @@ class Screened:
     notes: list[str] = field(default_factory=list)
     elements: int = 0
     folders: set[str] = field(default_factory=lambda: {""})
-    assets: list[tuple[str, str, str]] = field(default_factory=list)  # where it is named, its name, the folder of the file that names it
+    assets: list[tuple[str, str, str, bool]] = field(default_factory=list)  # where and how it is named, that file's folder, if visual only
+    visuals: bool = False  # whether a URDF's are kept, which MuJoCo discards unless told otherwise
     radian: bool = False
     ranges: list[tuple[str, float]] = field(default_factory=list)  # joints with ranges, and the largest value of each
 
@@ -121,8 +122,9 @@ def screen(path: str | os.PathLike, limits: Limits = LIMITS) -> Screened:
         raise BadInput(f"{main}: expected a model as .xml, .mjcf or .urdf")
     found = Screened(main.parent, limits)
     found.elements = _walk(found, main.name, (), 1)
-    for where, name, beside in found.assets:
-        _take(found, where, name, beside)
+    for where, name, beside, visual in found.assets:
+        if found.visuals or not visual:
+            _take(found, where, name, beside)
     if found.form == "MJCF" and not found.radian and found.ranges:
         joint, largest = max(found.ranges, key=lambda each: each[1])
         if 0 < largest <= TURN:
@@ -162,7 +164,7 @@ def _walk(found: Screened, name: str, above: tuple[str, ...], times: int) -> int
             raise BadInput(f"{here}: expected at most {limits.depth} elements within each other, got more")
         _numbers(here, given)
         if not (found.form == "URDF" and "gazebo" in tags):  # which MuJoCo passes over
-            _names(found, here, kind, given, beside)
+            _names(found, here, kind, given, beside, found.form == "URDF" and "visual" in tags)
         inner = repeats[-1] * _copies(limits, here, kind, given)
         repeats.append(inner)
         count += inner
@@ -214,14 +216,15 @@ def _numbers(here: str, given: Mapping[str, str]) -> None:
             raise BadInput(f"{here} {key}: expected finite numbers, got {_show(value)}")
 
 
-def _names(found: Screened, here: str, kind: str, given: Mapping[str, str], beside: str) -> None:
-    """Files and folders that an element names; raises BadInput for plugins and for what lies elsewhere."""
+def _names(found: Screened, here: str, kind: str, given: Mapping[str, str], beside: str, visual: bool) -> None:
+    """Files and folders that an element names; raises BadInput for plugins and for folders that lie elsewhere."""
     if kind in ("plugin", "extension"):
         raise BadInput(f"{here}: expected a model without plugins, which are code")
     if kind.startswith("xacro:"):
         raise BadInput(f"{here}: expected a URDF whose macros are expanded; run xacro on it first")
     if kind == "compiler":
         found.radian |= given.get("angle") == "radian"
+        found.visuals |= given.get("discardvisual") == "false"
         for key in FOLDERS:
             if given.get(key):
                 found.folders.add(_inside(f"{here} {key}", given[key], ""))
@@ -232,12 +235,8 @@ def _names(found: Screened, here: str, kind: str, given: Mapping[str, str], besi
     if kind in ("include", "model"):
         return
     for key, value in given.items():
-        if not key.startswith("file") or not value:
-            continue
-        name = value.removeprefix(PACKAGE) if found.form == "URDF" else value
-        if not name.lower().endswith(ENDINGS):
-            raise BadInput(f"{here} {key}: expected a file that ends in {', '.join(ENDINGS)}, got {_show(value)}")
-        found.assets.append((f"{here} {key}", _inside(f"{here} {key}", name, ""), beside))
+        if key.startswith("file") and value:
+            found.assets.append((f"{here} {key}", value.removeprefix(PACKAGE) if found.form == "URDF" else value, beside, visual))
 
 
 def _inside(here: str, name: str, beside: str) -> str:
@@ -280,9 +279,11 @@ def _floats(text: str) -> Iterator[float]:
 
 def _take(found: Screened, where: str, name: str, beside: str) -> None:
     """The bytes of an asset, wherever the compiler would look for it within the folder."""
-    names = [name]
+    if not name.lower().endswith(ENDINGS):
+        raise BadInput(f"{where}: expected a file that ends in {', '.join(ENDINGS)}, got {_show(name)}")
+    names, parts = [_inside(where, name, "")], PurePosixPath(name).parts
     if found.form == "URDF":  # within a package whose folder is this one, or all in one folder; the compiler may look for either
-        names += [str(PurePosixPath(*PurePosixPath(name).parts[1:])), PurePosixPath(name).name]
+        names += ["/".join(parts[1:] or parts), parts[-1]]
     places = {str(PurePosixPath(one) / folder / each) for one in ("", beside) for folder in sorted(found.folders) for each in names}
     there = sorted(place for place in places if (found.folder / place).is_file())
     if not there:
