@@ -14,7 +14,7 @@ import pytest
 
 mujoco = pytest.importorskip("mujoco", reason="pip install 'twinsim[robotics]'")
 
-from domains.robotics import lerobot, mcap, minari, robomimic, sheet, video  # noqa: E402
+from domains.robotics import lerobot, mcap, minari, robomimic, sheet, video, worlds  # noqa: E402
 from domains.robotics.episodes import SYNTHETIC, Episode, Layout, check, check_same_robot, layout_of, transitions  # noqa: E402
 from domains.robotics.push import PlanarPush  # noqa: E402
 from domains.robotics.tasks import Channel, Scene  # noqa: E402
@@ -559,6 +559,29 @@ def test_the_demonstrator_reaches_the_goal_in_the_environment() -> None:
     assert terminated and not truncated and total == 1 and told["off"] == 0
     with pytest.raises(BadInput, match="push: start: expected some of puck_x"):
         environment.reset(options={"start": {"cup_x": 0.1}})
+
+
+def test_a_policy_in_the_environment_sees_what_the_sensors_tell() -> None:
+    """The same faults as those of an episode that is played at once; success goes by what is."""
+    gymnasium = pytest.importorskip("gymnasium")
+    world, start = {"noise": 20.0, "dropout": 0.3}, {"puck_x": 0.4, "puck_y": 0.1, "goal_x": 0.4, "goal_y": 0.1}
+
+    def told(seed: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        environment = gymnasium.make("domains.robotics.environments:twinsim/PlanarPush-v0", **options).unwrapped
+        seen = [environment.reset(seed=seed, options={"start": start})[0]]
+        faults = environment._sensors.seed
+        for _ in range(5):
+            now, _, success, _, info = environment.step(np.zeros(2, np.float32))
+            seen.append(now)
+        assert success and info == {"success": True, "off": 0.0}
+        return np.stack(seen), faults
+
+    seen, faults = told(3, world=world)
+    scene, once = Scene(PlanarPush()), {name: np.array([value]) for name, value in start.items()}
+    played = scene.replay(once, scene.world(world)[None], np.zeros((1, 5, 2), np.float32), worlds.Sensors(faults))
+    np.testing.assert_array_equal(seen, np.concatenate([played.seen[0], played.last_seen]))
+    np.testing.assert_array_equal(told(3)[0], np.concatenate([played.observation[0], played.last]))
+    assert np.abs(seen - told(4, world=world)[0])[:, 6:8].max() > 1e-3  # another seed, other faults
 
 
 def test_an_episode_that_does_not_succeed_is_truncated() -> None:
