@@ -100,7 +100,7 @@ class ModelStepper:
             seen.append(self.observation)
         nothing = np.zeros((self.count, frames), np.float32)
         both = np.stack(seen[:-1], 1), seen[-1]
-        return Played(*both, *both, np.stack(done, 1), nothing, nothing)
+        return Played(*both, *both, np.stack(done, 1), nothing, nothing, nothing)
 
     def replay(self, start: Start, world: np.ndarray, action: np.ndarray) -> Played:
         """Episodes from the start on with given actions `[count, frame, channel]`."""
@@ -108,8 +108,8 @@ class ModelStepper:
 
     # ------------------------------------------------------------ many steps
 
-    def imagine(self, state: np.ndarray, seen: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """A `planning.Imagine`, from what is seen: the simulator's `state` is not known to the model."""
+    def imagine(self, state: object, seen: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """A `planning.Imagine`, from what is seen: the `state` of simulator and line is not known to the model."""
         return np.asarray(self._unrolled(self._params, np.asarray(seen, np.float32), np.asarray(actions, np.float32)))
 
     def predict(self, seen: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

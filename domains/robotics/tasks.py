@@ -168,6 +168,7 @@ class Played:
       action: `[count, frame, channel]`.
       depth: how deep bodies were in each other, m, `[count, frame]`.
       gain: energy gained during each control step beyond the work of the actuators, J, `[count, frame]`.
+      work: of the actuators during each control step, braking counted as driving, J, `[count, frame]`.
     """
 
     observation: np.ndarray
@@ -177,6 +178,7 @@ class Played:
     action: np.ndarray
     depth: np.ndarray
     gain: np.ndarray
+    work: np.ndarray
 
     @property
     def after(self) -> np.ndarray:
@@ -246,12 +248,11 @@ class Scene:
             task, stepper = self.task, self.stepper(world)
             stepper.state = state
             count = stepper.count
-            late = np.round(worlds.of(world, "latency")).astype(int)
             sensors = worlds.Sensors(np.arange(count)) if sensors is None else sensors
             observed = np.zeros((count, frames + 1, len(task.observation)), np.float32)
             told = np.zeros_like(observed)
             line = np.concatenate([sent, np.zeros((count, frames, len(task.action)), np.float32)], 1).astype(np.float32)
-            depth, gain = np.zeros((count, frames), np.float32), np.zeros((count, frames), np.float32)
+            depth, gain, work = np.zeros((3, count, frames), np.float32)
             energy = stepper.read("energy").sum(1)
             for frame in range(frames + 1):
                 seen = task.observe(stepper, start)
@@ -263,12 +264,12 @@ class Scene:
                     break
                 depth[:, frame] = self._depth(stepper)
                 line[:, LATEST + frame] = policy(frame, sensors.told)
-                due = line[np.arange(count), LATEST + frame - late].astype(np.float64)
-                net, gross = stepper.work(task.control(seen, due), task.steps)
+                net, gross = stepper.work(task.control(seen, due(line, world, frame)), task.steps)
                 before, energy = energy, stepper.read("energy").sum(1)
                 gain[:, frame] = np.maximum(energy - before - net - SOFT * task.load / 2 - ROUNDING * gross, 0.0)
+                work[:, frame] = gross
             both = observed[:, :frames], observed[:, frames], told[:, :frames], told[:, frames]
-            played = Played(*both, line[:, LATEST:], depth, gain)
+            played = Played(*both, line[:, LATEST:], depth, gain, work)
             return stepper.state, line[:, frames:], played
 
     def _depth(self, stepper: CStepper) -> np.ndarray:
@@ -304,6 +305,12 @@ class Scene:
 
         self.play(start, world, policy, action.shape[1])
         return np.stack(found, 1)
+
+
+def due(line: np.ndarray, world: np.ndarray, frame: int) -> np.ndarray:
+    """What slow lines carry out at a frame, `[count, channel]`, of actions sent, `[count, LATEST + frames, channel]`."""
+    late = np.round(worlds.of(world, "latency")).astype(int)
+    return line[np.arange(len(line)), LATEST + frame - late].astype(np.float64)
 
 
 def reached(task: Task, after: Array) -> tuple[np.ndarray, np.ndarray]:
