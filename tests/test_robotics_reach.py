@@ -104,6 +104,29 @@ def test_the_demonstrator_reaches_its_goals_and_replay_is_exact(own: dict[str, A
     assert [channel.name for channel in task.observation][-6:] == ["tool_x", "tool_y", "tool_z", "goal_x", "goal_y", "goal_z"]
 
 
+def test_places_are_bounded_by_the_reach_of_the_arm(tmp_path: Path) -> None:
+    """Links of 1.2 m on a pedestal 3 m away: nothing that the arm does is beyond its limits."""
+    text = SERVOED.replace('pos="0 0 .5"', 'pos="3 0 1.5"')
+    for one, other in ((".4 0 0", "1.2 0 0"), (".3 0 0", "1.2 0 0")):
+        text = text.replace(f'0 0 0 {one}"', f'0 0 0 {other}"').replace(f'pos="{one}"', f'pos="{other}"')
+    (tmp_path / "long.xml").write_text(text)
+    task: Any = OwnReach(model=str(tmp_path / "long.xml"), tool="tip")
+    scene = Scene(task)
+    played = scene.play(
+        task.draw(np.random.default_rng(0), 4, "narrow"), np.repeat(scene.world()[None], 4, 0), lambda _, o: task.demonstrate(o), 5
+    )
+    for channel, values in zip(task.observation, np.moveaxis(played.observation, -1, 0), strict=True):
+        assert channel.lower <= values.min() and values.max() <= channel.upper, channel.name
+    bounds = {channel.name: (channel.lower, channel.upper) for channel in task.planned}
+    np.testing.assert_allclose(list(bounds.values()), [(0.45, 5.55), (-2.55, 2.55), (-1.05, 4.05)])
+
+
+def test_places_of_a_tool_on_a_slide_are_bounded_by_it_too(own: dict[str, Any]) -> None:
+    task = own["six"]
+    far = task._chained[0].length + 0.3
+    np.testing.assert_allclose([channel.upper for channel in task.planned], np.array([0, 0, 0.3]) + far)
+
+
 def test_joints_without_a_servo_get_one_and_others_keep_theirs(own: dict[str, Any]) -> None:
     six, two = compiled(own["six"].spec()), compiled(own["two"].spec())
     assert six.nu == 6

@@ -120,7 +120,6 @@ class OwnReach(Reaching):
     spread: Mapping[str, float] | None = None
 
     action: ClassVar[Sequence[Channel]] = moves("xyz")
-    planned: ClassVar[Sequence[Channel]] = place_channels("way")
 
     # ---- what the file says
 
@@ -201,7 +200,7 @@ class OwnReach(Reaching):
 
     @cached_property
     def pace(self) -> float:
-        return self.share * float(np.linalg.norm(self._chained[0].offset[1:], axis=1).sum())
+        return self.share * self._chained[0].length
 
     @property
     def slow(self) -> float:
@@ -221,9 +220,19 @@ class OwnReach(Reaching):
         return (
             *(Channel(*each) for each in bounds),
             *(Channel(f"{name}_speed", f"{unit} s-1", -self.fastest, self.fastest) for name, unit in zip(names, units, strict=True)),
-            *place_channels("tool"),
-            *place_channels("goal"),
+            *self._places("tool"),
+            *self._places("goal"),
         )
+
+    @cached_property
+    def planned(self) -> Sequence[Channel]:
+        return self._places("way")
+
+    def _places(self, name: str) -> Sequence[Channel]:
+        """Of a place as far from the chain's first joint as the tool gets at most."""
+        chain = self._chained[0]
+        far = chain.length + np.abs([chain.lower, chain.upper]).max(0)[chain.sliding].sum()
+        return place_channels(name, (chain.offset[0] - far).tolist(), (chain.offset[0] + far).tolist())
 
     def _named(self, joint: int) -> str:
         name = mujoco.mj_id2name(self._plain, mujoco.mjtObj.mjOBJ_JOINT, joint) or f"joint{joint}"
@@ -273,7 +282,7 @@ class OwnReach(Reaching):
     def _seen(self, spec: mujoco.MjSpec) -> None:
         """Adds a camera that has the arm in view, and a light, where the model has no camera, as URDF has not."""
         if not self._plain.ncam:
-            middle, far = self._chained[0].follow(self._chained[0].rest[None])[2][0].mean(0), self.pace / self.share
+            middle, far = self._chained[0].follow(self._chained[0].rest[None])[2][0].mean(0), self._chained[0].length
             spec.worldbody.add_camera(name="side", pos=middle + far * np.array([1.0, -1.2, 0.6]), xyaxes=[0.77, 0.64, 0, -0.23, 0.28, 0.93])
             spec.worldbody.add_light(pos=middle + far * np.array([0.0, 0.0, 2.0]))
 
