@@ -412,6 +412,17 @@ def change_info(folder: Path, **changes: Any) -> None:
     (folder / "meta/info.json").write_text(json.dumps(info | changes))
 
 
+def change_frames(folder: Path, **changes: Any) -> None:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    (file,) = (folder / "data").rglob("*.parquet")
+    table = parquet.read_table(file)
+    for name, change in changes.items():
+        table = table.set_column(table.column_names.index(name), name, arrow.array(change(table[name].to_numpy())))
+    parquet.write_table(table, file)
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -431,6 +442,14 @@ def change_info(folder: Path, **changes: Any) -> None:
         (lambda folder: change_info(folder, total_frames=19), "expected 3 episodes and 19 frames, as meta/info.json says, got 3 and 18"),
         (lambda folder: (folder / "meta/twinsim.json").write_text("{}"), "twinsim.json: expected the description that twinsim writes"),
         (lambda folder: shutil.rmtree(folder / "data"), "data: expected Parquet files in folders, got none"),
+        (
+            lambda folder: change_frames(folder, frame_index=lambda values: values + (values > 2)),
+            "frame_index: episode 0, frame 2: expected frames one after the other, got 2 and then 4",
+        ),
+        (
+            lambda folder: change_frames(folder, timestamp=lambda values: values * np.float32(20 / 30)),
+            "timestamp: episode 0, frame 0: expected frames at 20 frames a second, got 0 and then 0.0333333",
+        ),
     ],
 )
 def test_a_damaged_folder_is_answered_by_a_sentence(spoil: Any, sentence: str, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from domains.robotics import demonstrations, push, worlds
+from domains.robotics import archives, demonstrations, lerobot, push, worlds
 from domains.robotics.domain import Motions
+from domains.robotics.episodes import layout_of
 from domains.robotics.tasks import LATEST, Scene, reached, wobbling
 from twinsim.base import BadInput
 
@@ -341,6 +342,9 @@ BAD = {
     "another robot": ({"obs": lambda values: values[:, :9]}, "expected .frames, 12. .* got .* another robot"),
     "beyond limits": ({"act": lambda values: values * 3}, "move_[xy]: expected -1 to 1"),
     "lengths": ({"length": lambda values: values + 1}, "length: expected the frames"),
+    "broken lengths": ({"length": lambda values: values.astype(float)}, "length: expected whole numbers above 0 .episode., got float64"),
+    "one number": ({"obs": lambda values: np.array(1.0)}, "obs: expected numbers .frame, channel., got float64 ..$"),
+    "words": ({"act": lambda values: values.astype(str)}, "act: expected numbers .frame, channel., got <U"),
 }
 
 
@@ -351,11 +355,29 @@ def test_bad_demonstrations_are_refused(archive, name):
         demonstrations.recorded(TASK, archive(**edits))
 
 
-def test_a_file_that_is_none_is_refused(tmp_path):
-    for text in (b"", b"PK\x03\x04torn"):
-        (tmp_path / "demonstrations.npz").write_bytes(text)
-        with pytest.raises(BadInput, match="could not read"):
-            demonstrations.recorded(TASK, str(tmp_path / "demonstrations.npz"))
+def test_a_file_that_is_none_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "demonstrations.npz"
+    np.savez_compressed(path, obs=np.arange(1000.0), act=np.zeros(3), length=np.zeros(3))
+    whole = path.read_bytes()
+    method = whole.index(b"PK\x01\x02") + 10  # of compression, as the directory has it
+    unknown = whole[:method] + b"\x63" + whole[method + 1 :]
+    for bytes_ in (b"", b"PK\x03\x04torn", whole[:80] + bytes(80) + whole[160:], unknown):
+        path.write_bytes(bytes_)
+        with pytest.raises(BadInput, match="could not read") as refused:
+            demonstrations.recorded(TASK, str(path))
+        assert "\n" not in str(refused.value)
+    path.write_bytes(whole)
+    monkeypatch.setattr(archives, "MAX_BYTES", 5000)
+    with pytest.raises(BadInput, match="expected at most 0.005 MB unpacked"):
+        demonstrations.recorded(TASK, str(path))
+
+
+def test_a_folder_of_failures_is_refused(tmp_path):
+    made = demonstrations.scripted(TASK, 2, seed=1)
+    failed = [dataclasses.replace(each, success=False) for each in made.episodes]
+    lerobot.write(tmp_path / "set", layout_of(TASK, "", 0, ""), failed)
+    with pytest.raises(BadInput, match="expected episodes that succeed, to learn from, none of 2 does"):
+        demonstrations.recorded(TASK, str(tmp_path / "set"))
 
 
 @pytest.mark.parametrize(

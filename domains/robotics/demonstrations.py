@@ -1,6 +1,5 @@
 """Demonstrations: episodes of a task done well, made by its scripted demonstrator or recorded."""
 
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from domains.robotics import lerobot, worlds
+from domains.robotics import archives, lerobot, worlds
 from domains.robotics.episodes import Episode, check, layout_of
 from domains.robotics.tasks import Played, Scene, Start, Task, file_records, reached, wobbling
 from twinsim.base import BadInput
@@ -87,27 +86,26 @@ def recorded(task: Task, path: str, licence: str = "not stated") -> Demonstratio
     place, wanted = Path(path), layout_of(task, "", 0, licence)
     episodes = lerobot.read(place, wanted)[1] if place.is_dir() else _arrays(place)
     check(wanted, episodes, path)
+    good = tuple(each for each in episodes if each.success)
+    if not good:
+        raise BadInput(f"{path}: expected episodes that succeed, to learn from, none of {len(episodes)} does")
     files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
-    return Demonstrations(
-        tuple(each for each in episodes if each.success), f"recorded, {place.name}", licence, file_records(files, licence)
-    )
+    return Demonstrations(good, f"recorded, {place.name}", licence, file_records(files, licence))
 
 
 def _arrays(path: Path) -> list[Episode]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = {"obs", "act", "length"} - set(arrays.files)
-            if missing:
-                raise BadInput(f"{path}: expected the arrays obs, act and length, {' and '.join(sorted(missing))} is not there")
-            observation, action, length = arrays["obs"], arrays["act"], arrays["length"]
-    except (EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-        raise BadInput(
-            f"{path}: expected a LeRobot folder or an .npz of demonstrations, could not read it ({type(error).__name__})"
-        ) from error
-    if length.ndim != 1 or (length < 1).any() or length.sum() != len(observation) or len(observation) != len(action):
+    names = ("obs", "act", "length")
+    arrays = archives.read(path, "a LeRobot folder or an .npz of demonstrations", names)
+    observation, action, length = (arrays[name] for name in names)
+    for name, values in (("obs", observation), ("act", action)):
+        if values.ndim != 2 or values.dtype.kind not in "fiu":
+            raise BadInput(f"{path}: {name}: expected numbers [frame, channel], got {values.dtype} {list(values.shape)}")
+    if length.ndim != 1 or length.dtype.kind not in "iu" or (length < 1).any():
+        raise BadInput(f"{path}: length: expected whole numbers above 0 [episode], got {length.dtype} {list(length.shape)}")
+    if not len(observation) == len(action) == sum(length.tolist()):
         raise BadInput(
             f"{path}: length: expected the frames of each episode, as many in all as in obs ({len(observation)}) and act ({len(action)}),"
-            f" got {int(length.sum())}"
+            f" got {sum(length.tolist())}"
         )
     ends = np.cumsum(length)
     parts = [slice(end - size, end) for size, end in zip(length, ends, strict=True)]
