@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from domains.robotics import archives, demonstrations, lerobot, push, worlds
+from domains.robotics import archives, demonstrations, lerobot, push, results, worlds
 from domains.robotics.domain import Motions
 from domains.robotics.episodes import layout_of
 from domains.robotics.tasks import LATEST, Scene, reached, wobbling
@@ -259,6 +259,17 @@ def test_broken_episodes_are_found(twin):
     assert broken(gain=at) == {"energy from nowhere, J"}
     assert broken(joint1=sample["joint1"] + 5) == {"angles beyond their limits"}
     assert broken(replay_error=np.float32(1e-6)) == {"difference when played again"}
+
+
+def test_what_is_counted_and_shown_is_what_is_delivered(twin):
+    question, truth = twin.exam(1, 2)
+    samples = {name: np.asarray(values)[None].copy() for name, values in truth.items()}
+    samples |= {"success": np.ones((1, 2), np.float32), "length": np.full((1, 2), 20, np.float32)}
+    samples["depth"][0, 0, 3] = 2e-3  # deeper than a contact may be
+    dataset = twin.dataset_of(samples, question)
+    assert len(twin.episodes(samples, question.condition)) == 1
+    assert twin.summary(question, dataset).startswith("1 of 2 episodes") and "(20 frames of" in twin.summary(question, dataset)
+    assert [int(shown["episode"]) for shown in results._shown(twin, dataset)] == [1]
 
 
 def test_scores_tell_copies_and_success(twin):

@@ -7,7 +7,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from domains.robotics import tasks, worlds
+from domains.robotics import results, tasks, worlds
 from domains.robotics.kinematics import chain_of
 from domains.robotics.physics import compiled
 from domains.robotics.reach import BANDWIDTH, OwnReach
@@ -151,6 +151,21 @@ def test_gravity_is_that_of_the_file(tmp_path: Path, gravity: list[float]) -> No
     down = gravity if any(gravity) else [0.0, 0.0, -1.0]
     ten = scene.task.fields(scene.model, scene.world({"gravity": 10.0})[None])["opt.gravity"][0]
     np.testing.assert_allclose(ten, 10 * np.array(down) / np.linalg.norm(down))
+
+
+def test_scene_of_an_arm_with_meshes_is_delivered_with_them(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/bob.obj").write_text("v 0 0 0\nv .1 0 0\nv 0 .1 0\nv 0 0 .1\nf 1 3 2\nf 1 2 4\nf 1 4 3\nf 2 3 4\n")
+    mesh = '<compiler meshdir="parts"/><asset><mesh name="bob" file="bob.obj"/></asset><worldbody><geom type="mesh" mesh="bob"/>'
+    (tmp_path / "two.xml").write_text(SERVOED.replace("<worldbody>", mesh))
+    shape = '<collision><geometry><mesh filename="package://six/parts/bob.obj"/></geometry></collision></link>'
+    (tmp_path / "six.urdf").write_text(URDF.replace("</link>", shape, 1))
+    for file, tool in (("two.xml", "tip"), ("six.urdf", "flange")):
+        out = tmp_path / f"out_{tool}"
+        out.mkdir()
+        results.write_scene(OwnReach(model=str(tmp_path / file), tool=tool), out)
+        assert mujoco.MjModel.from_xml_path(str(out / "scene.xml")).nmesh == 1
+        assert len(list(out.rglob("*.obj"))) == 1
 
 
 def test_files_are_told(own: dict[str, Any]) -> None:

@@ -483,9 +483,13 @@ class Motions:
             for size in (length[member, row],)
         ]
 
+    @cached_property
+    def _broken(self) -> Callable[[Sample], Mapping[str, Array]]:
+        return jax.jit(jax.vmap(jax.vmap(lambda sample: self.check(sample, {}))))
+
     def holds(self, samples: Sample) -> np.ndarray:
         """Which episodes of an answer reach their goal and keep every rule, `[member, episode]`."""
-        broken = jax.jit(jax.vmap(jax.vmap(lambda sample: self.check(sample, {}))))({name: np.asarray(v) for name, v in samples.items()})
+        broken = self._broken({name: np.asarray(values) for name, values in samples.items()})
         kept = np.all([np.asarray(values) <= 0 for values in broken.values()], axis=0)
         return kept & (np.asarray(samples["success"]) > 0)
 

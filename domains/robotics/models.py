@@ -67,6 +67,13 @@ class Opened:
         spec.compiler.fusestatic = False  # bodies keep their names
         return spec
 
+    def assets(self) -> dict[str, Path]:
+        """The meshes, textures and height fields that the spec names, by where within the model's folder it names them."""
+        folder, spec = Path(self.copies.name), self.spec()
+        found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS}
+        named = {str(PurePosixPath(spec.meshdir) / mesh.file) for mesh in spec.meshes}
+        return {name: path for name, path in found.items() if self.form == "MJCF" or name in named}  # URDF's lie in several places
+
 
 LIMITS = Limits()
 ENDINGS = (".stl", ".obj", ".msh", ".png", ".bin", ".hf", ".hfield", ".skn")

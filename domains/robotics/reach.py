@@ -134,6 +134,11 @@ class OwnReach(Reaching):
         return file_records([folder / name for name in self._opened.files], "as the owner of the robot's model has it")
 
     @cached_property
+    def assets(self) -> Mapping[str, Path]:
+        """Files that the scene names, by where it names them."""
+        return self._opened.assets()
+
+    @cached_property
     def _plain(self) -> mujoco.MjModel:
         """The user's model, all bodies kept, nothing added."""
         return compiled(self._opened.spec())
