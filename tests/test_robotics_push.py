@@ -240,6 +240,9 @@ def test_a_demonstrator_that_proposes_gets_the_puck_home(twin):
     assert float(question.misses({name: value[0] for name, value in outcome.items()}, condition)) == 0
     episodes = whole.episodes({name: np.asarray(values)[None] for name, values in outcome.items()}, question.condition)
     assert len(episodes) == 4 and [each.frames for each in episodes] == np.asarray(outcome["length"]).astype(int).tolist()
+    with_states = whole.episodes({name: np.asarray(values)[None] for name, values in outcome.items()}, question.condition, states=True)
+    for each in with_states:  # joints and puck, then their speeds, as observations have them in float32
+        np.testing.assert_array_equal(each.states.astype(np.float32), each.observation[:, [0, 1, 6, 7, 2, 3, 8, 9]])
 
 
 def test_broken_episodes_are_found(twin):
@@ -330,6 +333,17 @@ def test_demonstrations_in_drawn_worlds_make_the_generator_conditional_on_them()
     np.testing.assert_allclose(scalars(gravity=1.62), scalars(), atol=1e-6)
     with pytest.raises(BadInput, match="friction"):
         demonstrations.scripted(TASK, 2, ranges={"friction": [2.0, 0.2]})
+
+
+def test_demonstrations_are_what_the_demonstrator_saw():
+    """In a world whose sensors fail, up to the last observation."""
+    scene, noise = Scene(TASK), np.random.default_rng(0)
+    start, world = TASK.draw(noise, 4, "narrow"), nominal(4, noise=2.0, dropout=0.1)
+    played = scene.play(start, world, lambda _, seen: TASK.demonstrate(seen))
+    for each, row in zip(demonstrations.successes(TASK, played, world), np.flatnonzero(reached(TASK, played.after)[1]), strict=True):
+        np.testing.assert_array_equal(each.observation, played.seen[row, : each.frames])
+        np.testing.assert_array_equal(each.final, played.seen[row, each.frames])
+        assert np.abs(each.observation - played.observation[row, : each.frames]).max() > 1e-4
 
 
 def test_recorded_demonstrations_are_those_that_were_made(archive):

@@ -67,14 +67,15 @@ def _told(given: Sequence[float | str]) -> str:
 
 
 def successes(task: Task, played: Played, world: np.ndarray, seed: int = 0) -> list[Episode]:
-    """The episodes that reached their goal, up to there."""
+    """The episodes that reached their goal, up to there, as the sensors told them to whoever acted."""
     length, done = reached(task, played.after)
+    seen = np.concatenate([played.seen, played.last_seen[:, None]], 1)
     return [
         Episode(
-            played.observation[row, : length[row]],
+            seen[row, : length[row]],
             played.action[row, : length[row]],
             seed=seed,
-            final=played.after[row, length[row] - 1],
+            final=seen[row, length[row]],
             environment=worlds.named(world[row]),
         )
         for row in np.flatnonzero(done)

@@ -49,6 +49,7 @@ DEEPEST = 1e-3  # m that bodies may be in each other: MuJoCo's contacts are soft
 KINDS = {"rad": "angles", "rad s-1": "turning speeds", "m": "places", "m s-1": "speeds", "1": "actions"}  # of channels, by their unit
 UNSEEN = 1e9  # scale of what no demonstration varies: a world beyond them looks to the generator like theirs, and only the feedback knows
 EXAM_SEED = 10_007  # of the held-out starts
+AT_ONCE = 1000  # episodes that are played again for their states
 FORMATS = Literal["netcdf", "lerobot", "robomimic", "minari", "mcap", "mjcf"]
 
 
@@ -465,22 +466,30 @@ class Motions:
     ) -> Sequence[Section]:
         return results.sections(self, asked, question, dataset, rules, evaluation)
 
-    def episodes(self, samples: Sample, condition: Condition, seed: int = 0) -> list[Episode]:
-        """Those of an answer `[member, episode, ...]` that reach their goal and keep every rule, up to it, as the sensors told them."""
-        kept = self.holds(samples)
-        seen = np.stack([np.asarray(samples[f"seen_{each.name}"]) for each in self.task.observation], -1)
-        action = np.stack([np.asarray(samples[each.name]) for each in self.task.action], -1)
-        length, world = np.asarray(samples["length"]).astype(int), np.asarray(condition["world"])
+    def episodes(self, samples: Sample, condition: Condition, seed: int = 0, states: bool = False) -> list[Episode]:
+        """Those of an answer `[member, episode, ...]` that reach their goal and keep every rule, up to it, as the sensors told them.
+
+        Args:
+          states: whether to play them again for the states of the simulator.
+        """
+        member, row = np.nonzero(self.holds(samples))
+        seen = np.stack([np.asarray(samples[f"seen_{each.name}"])[member, row] for each in self.task.observation], -1)
+        action = np.stack([np.asarray(samples[each.name])[member, row] for each in self.task.action], -1)
+        length = np.asarray(samples["length"])[member, row].astype(int)
+        start, world = (np.asarray(condition[name])[row] for name in ("start", "world"))
+        passed: list[np.ndarray] = []
+        for part in (slice(first, first + AT_ONCE) for first in range(0, len(row) if states else 0, AT_ONCE)):
+            passed.extend(self.scene.states(start_from(self.task, start[part]), world[part], action[part, : length[part].max()]))
         return [
             Episode(
-                seen[member, row, :size],
-                action[member, row, :size],
+                seen[index, :size],
+                action[index, :size],
                 seed=seed,
-                final=seen[member, row, size] if size < self.task.frames else None,
-                environment=worlds.named(world[row]),
+                final=seen[index, size] if size < self.task.frames else None,
+                states=passed[index][:size] if states else None,
+                environment=worlds.named(world[index]),
             )
-            for member, row in np.argwhere(kept)
-            for size in (length[member, row],)
+            for index, size in enumerate(length)
         ]
 
     @cached_property

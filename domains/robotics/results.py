@@ -83,8 +83,8 @@ def verified(rules: Mapping[str, Any]) -> np.ndarray:
 
 def write(domain: "Motions", asked: Any, question: Question, dataset: xr.Dataset, folder: Path) -> None:
     """The formats that were asked for, of the episodes that hold, and a film of some of them. Raises BadInput where none holds."""
-    episodes = domain.episodes(_samples(dataset), question.condition, asked.seed)
     formats = set(asked.formats) - {"netcdf"}
+    episodes = domain.episodes(_samples(dataset), question.condition, asked.seed, states="robomimic" in formats)
     told = layout_of(domain.task, "twinsim", asked.seed, domain.licence)
     if formats & {"lerobot", "robomimic", "minari", "mcap"} and not episodes:
         raise BadInput(f"scenario {asked.title!r}: expected episodes that hold, to write as {', '.join(sorted(formats))}, none does")
@@ -135,9 +135,9 @@ def filmed(domain: "Motions", episode: xr.Dataset) -> np.ndarray:
     start = {name: np.asarray(episode[f"start_{name}"].values, np.float64)[None] for name in domain.task.start}
     world = np.array([[float(episode[f"world_{name}"].values) for name in worlds.NAMES]], np.float32)
     action = np.stack([episode[each.name].values for each in domain.task.action], -1)[None, :length]
-    positions = domain.scene.positions(start, world, action)[0, :: round(domain.task.rate / pace(domain))]
+    states = domain.scene.states(start, world, action)[0, :: round(domain.task.rate / pace(domain))]
     model = domain.scene.marked({name: float(value[0]) for name, value in start.items()})
-    return sheet.pictures(model, positions, size=SIZE, light=float(worlds.of(world, "light")[0]))
+    return sheet.pictures(model, states[:, : model.nq], size=SIZE, light=float(worlds.of(world, "light")[0]))
 
 
 def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:

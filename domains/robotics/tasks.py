@@ -294,13 +294,13 @@ class Scene:
         model.site("goal").sameframe = 0  # it need not stand where its body does, as the compiler may have found
         return model
 
-    def positions(self, start: Start, world: np.ndarray, action: np.ndarray) -> np.ndarray:
-        """Generalised positions before each of given actions `[count, frame, channel]`, `[count, frame, nq]`."""
+    def states(self, start: Start, world: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """Generalised positions and velocities before each of given actions `[count, frame, channel]`, `[count, frame, nq + nv]`."""
         found: list[np.ndarray] = []
-        stepper = self.stepper(world)
 
         def policy(frame: int, _: np.ndarray) -> np.ndarray:
-            found.append(stepper.position)
+            stepper = self.stepper(world)
+            found.append(np.concatenate([stepper.position, stepper.velocity], 1))
             return action[:, frame]
 
         self.play(start, world, policy, action.shape[1])
