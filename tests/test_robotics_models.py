@@ -88,6 +88,7 @@ def test_ranges_that_read_like_radians_are_noted(tmp_path):
 
 
 GEOM = '<geom size=".1"/>'
+ASSET = '<asset><model name="part" file="part.xml"/></asset>'
 HOSTILE = {
     "absolute include": (world('<include file="/etc/passwd"/>'), "include.*relative path within"),
     "include of the folder above": (world('<include file="../secret.xml"/>'), "include.*relative path within"),
@@ -137,13 +138,32 @@ def test_link_out_of_the_folder_is_refused(tmp_path):
         models.read(path)
 
 
-def test_attached_models_count_as_often_as_they_are_attached(tmp_path):
-    part = world(f'<body name="b">{GEOM * 100}</body>')
+@pytest.mark.parametrize("kind", ["before", "after", "included"])
+def test_attached_models_count_as_often_as_they_are_attached_wherever_they_are_named(tmp_path, kind):
+    put(tmp_path, part_DOT_xml=world(f'<body name="b">{GEOM * 100}</body>'), asset_DOT_xml=f"<mujocoinclude>{ASSET}</mujocoinclude>")
     attach = "".join(f'<attach model="part" body="b" prefix="p{n}"/>' for n in range(20))
-    path = put(tmp_path, model_DOT_xml=world(attach, '<asset><model name="part" file="part.xml"/></asset>'), part_DOT_xml=part)
+    named = {"before": world(attach, ASSET), "after": world(attach).replace("</mujoco>", f"{ASSET}</mujoco>")}
+    path = put(tmp_path, model_DOT_xml=named.get(kind, world(attach, '<include file="asset.xml"/>')))
     assert models.screen(path).elements > 2000
     with pytest.raises(BadInput, match="at most 1,000 elements"):
         models.screen(path, Limits(elements=1000))
+
+
+def test_models_that_only_name_one_another_are_counted_too(tmp_path):
+    put(tmp_path, part_DOT_xml=world(GEOM * 100))
+    many = "".join(f'<model name="m{n}" file="part.xml"/>' for n in range(20))
+    with pytest.raises(BadInput, match="at most 1,000 elements"):
+        models.screen(put(tmp_path, model_DOT_xml=f"<mujoco><asset>{many}</asset></mujoco>"), Limits(elements=1000))
+
+
+@pytest.mark.parametrize("places", [["q.xml"], ["sub/q.xml"], ["q.xml", "sub/q.xml"]])
+def test_files_included_by_included_ones_are_where_mujoco_looks(tmp_path, places):
+    """In the folder of the first file, else beside the one that names them."""
+    path = put(tmp_path, main_DOT_xml='<mujoco><include file="sub/p.xml"/></mujoco>')
+    put(tmp_path, sub__p_DOT_xml='<mujocoinclude><include file="q.xml"/></mujocoinclude>')
+    for place in places:
+        (tmp_path / place).write_text(f'<mujocoinclude><worldbody><geom name="{place}" size=".1"/></worldbody></mujocoinclude>')
+    assert models.read(path).model.geom(0).name == places[0]
 
 
 def test_compiler_that_takes_too_much_is_stopped_and_this_process_lives(tmp_path):

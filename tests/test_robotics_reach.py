@@ -153,6 +153,18 @@ def test_gravity_is_that_of_the_file(tmp_path: Path, gravity: list[float]) -> No
     np.testing.assert_allclose(ten, 10 * np.array(down) / np.linalg.norm(down))
 
 
+def test_sensors_of_motors_go_with_them_and_others_are_no_gaps(tmp_path: Path) -> None:
+    """A sensor of a motor that a servo replaces, and one of the user's own that is called a gap."""
+    told = '<sensor><actuatorfrc actuator="push"/><actuatorfrc name="kept" actuator="p1"/><jointpos name="gap 1" joint="bend"/></sensor>'
+    text = SERVOED.replace("<motor ", '<motor name="push" ').replace("<keyframe>", f"{told}<keyframe>")
+    (tmp_path / "two.xml").write_text(text)
+    task: Any = OwnReach(model=str(tmp_path / "two.xml"), tool="tip", rest=[0.0, 0.8, -0.6])
+    scene = Scene(task)
+    assert [scene.model.sensor(index).name for index in range(scene.model.nsensor)] == ["kept", "gap 1", tasks.ALL]
+    played = scene.replay(task.draw(np.random.default_rng(0), 2, "narrow"), scene.world()[None].repeat(2, 0), np.zeros((2, 3, 3)))
+    assert played.observation[:, 0, 2].max() < -0.3 and played.depth.max() < 1e-3
+
+
 def test_scene_of_an_arm_with_meshes_is_delivered_with_them(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts/bob.obj").write_text("v 0 0 0\nv .1 0 0\nv 0 .1 0\nv 0 0 .1\nf 1 3 2\nf 1 2 4\nf 1 4 3\nf 2 3 4\n")

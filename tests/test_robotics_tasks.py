@@ -309,6 +309,7 @@ def test_drawn_worlds_stay_in_their_ranges() -> None:
         {"friction": [0, 1, "log"]},
         {"gravity": [0, 99]},
         {"gravity": "1"},
+        {"friction": 0.5},
     ):
         with pytest.raises(BadInput, match="world"):
             worlds.draw(np.random.default_rng(0), 2, wrong)

@@ -341,6 +341,9 @@ def test_any_task_can_be_learnt():
     assert example.target.shape[1:] == (*spec.grid, spec.channels) and example.scalars.shape[1] == spec.scalars == len(task.observation)
     np.testing.assert_allclose(example.target.std((0, 1)).max(), 1, atol=0.5)
     question, truth = domain.exam(2)
+    drawn = domain.baselines(statistics)["linear"](question.condition, 2, 0)
+    (section,) = domain.sections(asked=None, question=question, dataset=domain.dataset_of(drawn, question), rules={}, evaluation=None)
+    assert [picture[:4] for picture in section.figures.values()] == [b"\x89PNG"]  # of tool and goal, which have three coordinates
     tables = [
         domain.score(draw(question.condition, 2, 0), truth, question.condition).table for draw in domain.baselines(statistics).values()
     ]

@@ -122,6 +122,19 @@ class Screened:
     ranges: list[tuple[str, float]] = field(default_factory=list)  # joints with ranges, and the largest value of each
 
 
+@dataclass
+class Document:
+    """An MJCF file and those that it includes, which may attach the models that any of them names.
+
+    Attributes:
+      folder: of the first of them. models: elements of each, by name. attached: which, and how often.
+    """
+
+    folder: str
+    models: dict[str, int] = field(default_factory=dict)
+    attached: list[tuple[str, int]] = field(default_factory=list)
+
+
 def screen(path: str | os.PathLike, limits: Limits = LIMITS) -> Screened:
     """Looks through the text of a model and gathers its files; compiles nothing. Raises BadInput."""
     main = Path(path)
@@ -142,8 +155,8 @@ def screen(path: str | os.PathLike, limits: Limits = LIMITS) -> Screened:
     return found
 
 
-def _walk(found: Screened, name: str, above: tuple[str, ...], times: int) -> int:
-    """Screens one XML file and those that it includes; the elements of them all, each as often as it is repeated."""
+def _walk(found: Screened, name: str, above: tuple[str, ...], times: int, within: Document | None = None) -> int:
+    """Screens an XML file, included `within` a document or a whole one, and those that it names; their elements, repeated ones counted."""
     limits, path = found.limits, found.folder / name
     if name in above:
         raise BadInput(f"{path}: expected files that do not include themselves, got {' in '.join([name, *reversed(above)])}")
@@ -151,14 +164,18 @@ def _walk(found: Screened, name: str, above: tuple[str, ...], times: int) -> int
         raise BadInput(f"{path}: expected files within files to a depth of 8, got more")
     text = _bytes(found, name, limits.xml_bytes)
     beside = str(PurePosixPath(name).parent)
+    document = within or Document(beside)
     parser = expat.ParserCreate("utf-8")
     repeats: list[int] = [times]  # of the elements open now
     tags: list[str] = []
-    attached: dict[str, int] = {}  # model -> its elements
     count = 0
 
     def where(tag: str) -> str:
         return f"{path} line {parser.CurrentLineNumber}: <{tag}>"
+
+    def few(where: str) -> None:
+        if count > limits.elements:
+            raise BadInput(f"{where}: expected at most {limits.elements:,} elements, repeated ones counted, got {count:,} or more")
 
     def start(tag: str, attributes: Mapping[str, str]) -> None:
         nonlocal count
@@ -176,14 +193,16 @@ def _walk(found: Screened, name: str, above: tuple[str, ...], times: int) -> int
         repeats.append(inner)
         count += inner
         if kind == "include":
-            count += _walk(found, _inside(here, given.get("file", ""), beside), (*above, name), repeats[-1])
+            places = [_inside(here, given.get("file", ""), folder) for folder in (document.folder, beside)]  # as MuJoCo looks for it
+            there = [place for place in places if (found.folder / place).is_file()]
+            count += _walk(found, (there or places)[0], (*above, name), repeats[-1], document)
         elif kind == "model" and "file" in given and found.form == "MJCF":
             own = given.get("name", PurePosixPath(given["file"]).stem)
-            attached[own] = _walk(found, _inside(here, given["file"], beside), (*above, name), 1)
+            document.models[own] = _walk(found, _inside(here, given["file"], beside), (*above, name), 1)
+            count += document.models[own]
         elif kind == "attach":
-            count += repeats[-1] * max(attached.get(given.get("model", ""), 0), 1)
-        if count > limits.elements:
-            raise BadInput(f"{here}: expected at most {limits.elements:,} elements, repeated ones counted, got {count:,} or more")
+            document.attached.append((given.get("model", ""), repeats[-1]))
+        few(here)
 
     def end(tag: str) -> None:
         tags.pop()
@@ -198,6 +217,9 @@ def _walk(found: Screened, name: str, above: tuple[str, ...], times: int) -> int
         parser.Parse(text, True)
     except expat.ExpatError as error:
         raise BadInput(f"{path}: expected well-formed XML, got {error}") from None
+    if within is None:
+        count += sum(often * document.models.get(model, 0) for model, often in document.attached)
+        few(str(path))
     return count
 
 

@@ -16,7 +16,7 @@ from domains.robotics import models, worlds
 from domains.robotics.frames import at_most_one, expect_finite, less, mirror, moves, place_channels, places, scalars, stretched, towards
 from domains.robotics.kinematics import HINGE, Chain, chain_of, dexterity
 from domains.robotics.physics import CStepper, compiled
-from domains.robotics.tasks import Channel, Start, file_records
+from domains.robotics.tasks import ALL, Channel, Start, file_records
 from twinsim.base import Array, BadInput, Variable
 
 
@@ -259,7 +259,7 @@ class OwnReach(Reaching):
         self._seen(spec)
         spec.worldbody.add_site(name="goal", size=[0.02] * 3, rgba=[0, 0.6, 0.3, 0.6])
         spec.add_sensor(  # of all contacts, the distance of the deepest
-            name="gap of all contacts",
+            name=ALL,
             type=mujoco.mjtSensor.mjSENS_CONTACT,
             intprm=[1 << int(mujoco.mjtConDataField.mjCONDATA_DIST), 1, 1],
         )
@@ -271,9 +271,13 @@ class OwnReach(Reaching):
         names = {model.joint(joint).name for joint in bare}
         if "" in names:
             raise BadInput(f"{self.model}: expected names of all joints that carry {self.tool} and have no position servo")
-        for actuator in list(spec.actuators):
-            if actuator.trntype == mujoco.mjtTrn.mjTRN_JOINT and actuator.target in names:
-                spec.delete(actuator)
+        gone = [each for each in spec.actuators if each.trntype == mujoco.mjtTrn.mjTRN_JOINT and each.target in names]
+        called = {each.name for each in gone}
+        for sensor in list(spec.sensors):
+            if sensor.objtype == mujoco.mjtObj.mjOBJ_ACTUATOR and sensor.objname in called:
+                spec.delete(sensor)
+        for actuator in gone:
+            spec.delete(actuator)
         for joint, inertia in zip(bare, self._inertia[self._bare], strict=True):
             name = model.joint(joint).name
             motor = spec.add_actuator(name=f"servo of {name}", target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)

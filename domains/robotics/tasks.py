@@ -24,6 +24,8 @@ Policy = Callable[[int, np.ndarray], np.ndarray]  # control step, observations `
 Start = Mapping[str, np.ndarray]  # name -> `[count]`
 SOFT, ROUNDING = 1e-3, 0.02  # m that a contact gives way and comes back; of the work, what an integrator of first order is off
 SMALL = 8  # degrees of freedom up to which copies step faster than threads meet
+GAPS = (int(mujoco.mjtSensor.mjSENS_GEOMDIST), int(mujoco.mjtSensor.mjSENS_CONTACT))  # kinds of sensors that tell a distance
+ALL = "gap of all contacts"
 LATEST = int(worlds.PARAMETERS["latency"].upper)  # control steps that a command may be under way
 
 
@@ -65,7 +67,7 @@ class Task(Protocol):
     # ---- the host's part: `count` episodes at once
 
     def spec(self) -> mujoco.MjSpec:
-        """The scene. Sensors of kind GEOMDIST whose names begin with "gap" tell how deep bodies are in each other."""
+        """The scene. Sensors of GAPS whose names begin with "gap " tell how deep bodies are in each other, or the one called ALL alone."""
         ...
 
     def draw(self, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
@@ -197,12 +199,9 @@ class Scene:
         spec = task.spec()
         spec.option.enableflags |= int(mujoco.mjtEnableBit.mjENBL_ENERGY)
         self.model = compiled(spec)
-        gaps = [
-            self.model.sensor_adr[index]
-            for index in range(self.model.nsensor)
-            if (mujoco.mj_id2name(self.model, mujoco.mjtObj.mjOBJ_SENSOR, index) or "").startswith("gap")
-        ]
-        self._gaps = np.array(gaps, int)
+        sensors = [self.model.sensor(index) for index in range(self.model.nsensor)]
+        gaps = [each for each in sensors if each.name.startswith("gap ") and each.type[0] in GAPS]
+        self._gaps = np.array([each.adr[0] for each in gaps if each.name == ALL] or [each.adr[0] for each in gaps], int)
         self._last: tuple[bytes, CStepper] | None = None  # of many calls in a row for the same worlds
         self.turn = threading.RLock()  # each device calls from a thread of its own, and copies are stepped by one at a time
 

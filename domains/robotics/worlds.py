@@ -85,9 +85,10 @@ def draw(noise: np.random.Generator, count: int, ranges: Mapping[str, Sequence[f
     """
     drawn = np.repeat((world() if own is None else own)[None], count, 0)
     for name, given in ranges.items():
-        numbers = [value for value in given[:2] if isinstance(value, int | float)] if not isinstance(given, str) else []
-        scale = given[2] if len(given) == 3 else "uniform"
-        if len(given) not in (2, 3) or len(numbers) != 2 or scale not in ("uniform", "log"):
+        parts = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
+        numbers = [value for value in parts[:2] if isinstance(value, int | float)]
+        scale = parts[2] if len(parts) == 3 else "uniform"
+        if len(parts) not in (2, 3) or len(numbers) != 2 or scale not in ("uniform", "log"):
             raise BadInput(f"world: {name}: expected [low, high] or [low, high, log], got {given}")
         low, high = numbers
         world({name: low}), world({name: high})
