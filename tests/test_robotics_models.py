@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 
@@ -154,6 +155,21 @@ def test_models_that_only_name_one_another_are_counted_too(tmp_path):
     many = "".join(f'<model name="m{n}" file="part.xml"/>' for n in range(20))
     with pytest.raises(BadInput, match="at most 1,000 elements"):
         models.screen(put(tmp_path, model_DOT_xml=f"<mujoco><asset>{many}</asset></mujoco>"), Limits(elements=1000))
+
+
+def test_meshes_are_told_by_where_the_spec_names_them_those_of_attached_models_too(tmp_path):
+    part = world('<body name="b"><geom type="mesh" mesh="m"/></body>', '<asset><mesh name="m" file="m.obj"/></asset>')
+    text = PENDULUM.replace("<asset>", '<asset><model name="part" file="part/part.xml"/>').replace(
+        "</worldbody>", '<attach model="part" body="b" prefix="p"/></worldbody>'
+    )
+    path = put(tmp_path, main_DOT_xml=text, table_DOT_xml=TABLE, parts__bob_DOT_obj=TETRAHEDRON)
+    put(tmp_path, part__part_DOT_xml=part, part__m_DOT_obj=TETRAHEDRON)
+    opened, out = models.read(path), tmp_path / "out"
+    put(out, scene_DOT_xml=opened.spec().to_xml())
+    for name, file in opened.assets().items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(file.read_bytes())
+    assert mujoco.MjModel.from_xml_path(str(out / "scene.xml")).nmesh == 2
 
 
 @pytest.mark.parametrize("places", [["q.xml"], ["sub/q.xml"], ["q.xml", "sub/q.xml"]])

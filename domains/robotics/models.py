@@ -71,8 +71,11 @@ class Opened:
         """The meshes, textures and height fields that the spec names, by where within the model's folder it names them."""
         folder, spec = Path(self.copies.name), self.spec()
         found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS}
-        named = {str(PurePosixPath(spec.meshdir) / mesh.file) for mesh in spec.meshes}
-        return {name: path for name, path in found.items() if self.form == "MJCF" or name in named}  # URDF's lie in several places
+        named = {}  # where the copies have them, or, of models that were attached, beside these
+        for file in (mesh.file for mesh in spec.meshes if mesh.file):
+            place = str(PurePosixPath(spec.meshdir) / file)
+            named[place] = found.get(place) or next(path for path in found.values() if path.name == PurePosixPath(file).name)
+        return (found if self.form == "MJCF" else {}) | named  # a URDF's are copied to several places
 
 
 LIMITS = Limits()
