@@ -69,6 +69,18 @@ def test_files_of_a_search(tmp_path: Path) -> None:
     assert mujoco.MjModel.from_xml_path(str(tmp_path / "design_0.xml")).nu == arm.JOINTS
 
 
+def test_a_design_is_judged_in_the_world_as_it_is() -> None:
+    """Slower by as many steps as the line is late; and what sensors that fail tell costs work."""
+    start = TASK.draw(np.random.default_rng(0), 4, "narrow")
+
+    def judge(**values: float) -> design.Judged:
+        return design.judge(TASK, arm.Build(), start, np.repeat(worlds.world(values)[None], 4, 0))
+
+    plain = judge()
+    assert judge(latency=3.0).time - plain.time >= 2 / TASK.rate
+    assert judge(noise=30.0).work > 1.2 * plain.work
+
+
 def test_an_arm_too_short_is_worst() -> None:
     values = {"tool_x": 0.5, "tool_y": 0.0, "tool_z": 0.3, "goal_x": 0.65, "goal_y": 0.0, "goal_z": 0.3}
     start = {name: np.array([value]) for name, value in values.items()}

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 
@@ -56,6 +57,24 @@ def test_good_urdf_is_a_model_and_its_gazebo_plugins_are_not_looked_at(tmp_path)
     assert opened.model.body_mass.sum() == pytest.approx(2)
 
 
+@pytest.mark.parametrize(("place", "told"), [("bob.obj", ""), ("parts/bob.obj", '<mujoco><compiler meshdir="parts"/></mujoco>')])
+def test_urdf_has_a_mesh_beside_it_or_in_the_folder_that_it_names(tmp_path, place, told):
+    text = URDF.replace("package://two/meshes/bob.obj", "bob.obj").replace('<link name="base"/>', f'{told}<link name="base"/>')
+    path = put(tmp_path, two_DOT_urdf=text)
+    put(tmp_path, **{place.replace("/", "__").replace(".", "_DOT_"): TETRAHEDRON})
+    opened = models.read(path)
+    assert opened.model.nmesh == 1 and opened.files == tuple(sorted((place, "two.urdf")))
+
+
+def test_what_a_urdf_shows_is_looked_at_only_where_it_is_kept(tmp_path):
+    text = URDF.replace("<visual><geometry><mesh filename", '<visual><geometry><mesh filename="file:///opt/bob.dae"/><mesh filename', 1)
+    put(tmp_path, bob_DOT_obj=TETRAHEDRON)
+    assert models.read(put(tmp_path, two_DOT_urdf=text)).model.nmesh == 1
+    kept = text.replace("</robot>", '<mujoco><compiler discardvisual="false"/></mujoco></robot>')
+    with pytest.raises(BadInput, match=r"mesh> filename: expected a file that ends in \.stl.*got 'file:///opt/bob.dae'"):
+        models.read(put(tmp_path, two_DOT_urdf=kept))
+
+
 def test_ranges_that_read_like_radians_are_noted(tmp_path):
     body = '<body><joint name="elbow" range="-1.57 1.57"/><geom size=".1"/></body>'
     trap = models.read(put(tmp_path, trap_DOT_xml=world(body)))
@@ -70,6 +89,7 @@ def test_ranges_that_read_like_radians_are_noted(tmp_path):
 
 
 GEOM = '<geom size=".1"/>'
+ASSET = '<asset><model name="part" file="part.xml"/></asset>'
 HOSTILE = {
     "absolute include": (world('<include file="/etc/passwd"/>'), "include.*relative path within"),
     "include of the folder above": (world('<include file="../secret.xml"/>'), "include.*relative path within"),
@@ -119,13 +139,47 @@ def test_link_out_of_the_folder_is_refused(tmp_path):
         models.read(path)
 
 
-def test_attached_models_count_as_often_as_they_are_attached(tmp_path):
-    part = world(f'<body name="b">{GEOM * 100}</body>')
+@pytest.mark.parametrize("kind", ["before", "after", "included"])
+def test_attached_models_count_as_often_as_they_are_attached_wherever_they_are_named(tmp_path, kind):
+    put(tmp_path, part_DOT_xml=world(f'<body name="b">{GEOM * 100}</body>'), asset_DOT_xml=f"<mujocoinclude>{ASSET}</mujocoinclude>")
     attach = "".join(f'<attach model="part" body="b" prefix="p{n}"/>' for n in range(20))
-    path = put(tmp_path, model_DOT_xml=world(attach, '<asset><model name="part" file="part.xml"/></asset>'), part_DOT_xml=part)
+    named = {"before": world(attach, ASSET), "after": world(attach).replace("</mujoco>", f"{ASSET}</mujoco>")}
+    path = put(tmp_path, model_DOT_xml=named.get(kind, world(attach, '<include file="asset.xml"/>')))
     assert models.screen(path).elements > 2000
     with pytest.raises(BadInput, match="at most 1,000 elements"):
         models.screen(path, Limits(elements=1000))
+
+
+def test_models_that_only_name_one_another_are_counted_too(tmp_path):
+    put(tmp_path, part_DOT_xml=world(GEOM * 100))
+    many = "".join(f'<model name="m{n}" file="part.xml"/>' for n in range(20))
+    with pytest.raises(BadInput, match="at most 1,000 elements"):
+        models.screen(put(tmp_path, model_DOT_xml=f"<mujoco><asset>{many}</asset></mujoco>"), Limits(elements=1000))
+
+
+def test_meshes_are_told_by_where_the_spec_names_them_those_of_attached_models_too(tmp_path):
+    part = world('<body name="b"><geom type="mesh" mesh="m"/></body>', '<asset><mesh name="m" file="m.obj"/></asset>')
+    text = PENDULUM.replace("<asset>", '<asset><model name="part" file="part/part.xml"/>').replace(
+        "</worldbody>", '<attach model="part" body="b" prefix="p"/></worldbody>'
+    )
+    path = put(tmp_path, main_DOT_xml=text, table_DOT_xml=TABLE, parts__bob_DOT_obj=TETRAHEDRON)
+    put(tmp_path, part__part_DOT_xml=part, part__m_DOT_obj=TETRAHEDRON)
+    opened, out = models.read(path), tmp_path / "out"
+    put(out, scene_DOT_xml=opened.spec().to_xml())
+    for name, file in opened.assets().items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(file.read_bytes())
+    assert mujoco.MjModel.from_xml_path(str(out / "scene.xml")).nmesh == 2
+
+
+@pytest.mark.parametrize("places", [["q.xml"], ["sub/q.xml"], ["q.xml", "sub/q.xml"]])
+def test_files_included_by_included_ones_are_where_mujoco_looks(tmp_path, places):
+    """In the folder of the first file, else beside the one that names them."""
+    path = put(tmp_path, main_DOT_xml='<mujoco><include file="sub/p.xml"/></mujoco>')
+    put(tmp_path, sub__p_DOT_xml='<mujocoinclude><include file="q.xml"/></mujocoinclude>')
+    for place in places:
+        (tmp_path / place).write_text(f'<mujocoinclude><worldbody><geom name="{place}" size=".1"/></worldbody></mujocoinclude>')
+    assert models.read(path).model.geom(0).name == places[0]
 
 
 def test_compiler_that_takes_too_much_is_stopped_and_this_process_lives(tmp_path):

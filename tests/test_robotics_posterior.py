@@ -100,7 +100,14 @@ def test_recorded_tosses_are_asked_in_groups(contacts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "changed", "said"), [(1, {}, "at least 2 tosses of 72 frames"), (4, {"rate_hz": 60.0}, "recorded at 148 Hz")]
+    ("count", "changed", "said"),
+    [
+        (1, {}, "at least 2 tosses of 72 frames"),
+        (4, {"rate_hz": 60.0}, "recorded at 148 Hz"),
+        (4, {"half_width_m": 0.03}, "width: expected 0.1048 m to 10%, the cube that is learnt, got 0.06 m"),
+        (4, {"mass_kg": 0.42}, "mass: expected 0.37 kg"),
+        (4, {"inertia_kgm2": 6e-4}, "inertia: expected 0.00081 kg m2"),
+    ],
 )
 def test_recording_it_has_not_learnt_is_refused(contacts, tmp_path, count, changed, said):
     recording(tmp_path / "t.npz", count, **changed)

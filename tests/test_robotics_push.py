@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from domains.robotics import demonstrations, push, worlds
+from domains.robotics import archives, demonstrations, lerobot, push, results, worlds
 from domains.robotics.domain import Motions
+from domains.robotics.episodes import layout_of
 from domains.robotics.tasks import LATEST, Scene, reached, wobbling
 from twinsim.base import BadInput
 
@@ -188,6 +189,34 @@ def test_unrolled_episode_does_what_is_proposed(twin):
     assert all(np.array_equal(alone[name], outcome[name][1]) for name in outcome)
 
 
+def test_what_is_told_of_an_episode_is_what_the_policy_saw_whatever_ends_before_it(twin):
+    """In a noisy world, beside one that begins at its goal and so ends first; to the bit, its last observation too."""
+    noisy = dataclasses.replace(twin, task=dataclasses.replace(SHORT, hold=6))
+    start = TASK.draw(np.random.default_rng(5), 2, "wide")
+    for axis in "xy":
+        start[f"goal_{axis}"][0] = start[f"puck_{axis}"][0] = 0.2
+    question = noisy.question(start, nominal(2, noise=3.0, dropout=0.1, flips=0.01), 1, "two")
+
+    def propose(condition, key):
+        tip = condition["observation"][4:6]
+        return {"way_x": jnp.full(6, tip[0] - 0.02), "way_y": jnp.full(6, tip[1])}
+
+    condition = {name: jnp.asarray(values) for name, values in question.condition.items()}
+    keys = jax.random.split(jax.random.key(0), 2)
+    together = jax.jit(jax.vmap(lambda c, k: noisy.unroll(propose, c, k)))(condition, keys)
+    assert together["success"].tolist() == [1, 0] and together["length"].tolist() == [6, 24]
+    alone = jax.jit(lambda c, k: noisy.unroll(propose, c, k))
+    for row in range(2):
+        single = alone({name: values[row] for name, values in condition.items()}, keys[row])
+        assert all(np.array_equal(single[name], together[name][row]) for name in single)
+    seen = np.stack([together[f"seen_tip_{axis}"][1] for axis in "xy"], -1).reshape(8, 3, 2)
+    way = seen[:, :1] - np.array([0.02, 0])
+    done = np.stack([together[f"move_{axis}"][1] for axis in "xy"], -1).reshape(8, 3, 2)
+    np.testing.assert_allclose(done, [push.at_most_one(each) for each in (way - seen) / push.REACH], atol=1e-5)
+    (kept,) = noisy.episodes({name: np.asarray(values)[None] for name, values in together.items()}, question.condition)
+    assert np.abs(kept.final[4:6] - [together["tip_x"][0, 6], together["tip_y"][0, 6]]).max() > 1e-5
+
+
 def test_a_demonstrator_that_proposes_gets_the_puck_home(twin):
     """Closed loop: with the demonstrator's own way point as every proposal, episodes succeed and keep every rule."""
     whole = dataclasses.replace(twin, task=TASK, window=1, stride=1)
@@ -211,6 +240,9 @@ def test_a_demonstrator_that_proposes_gets_the_puck_home(twin):
     assert float(question.misses({name: value[0] for name, value in outcome.items()}, condition)) == 0
     episodes = whole.episodes({name: np.asarray(values)[None] for name, values in outcome.items()}, question.condition)
     assert len(episodes) == 4 and [each.frames for each in episodes] == np.asarray(outcome["length"]).astype(int).tolist()
+    with_states = whole.episodes({name: np.asarray(values)[None] for name, values in outcome.items()}, question.condition, states=True)
+    for each in with_states:  # joints and puck, then their speeds, as observations have them in float32
+        np.testing.assert_array_equal(each.states.astype(np.float32), each.observation[:, [0, 1, 6, 7, 2, 3, 8, 9]])
 
 
 def test_broken_episodes_are_found(twin):
@@ -230,6 +262,17 @@ def test_broken_episodes_are_found(twin):
     assert broken(gain=at) == {"energy from nowhere, J"}
     assert broken(joint1=sample["joint1"] + 5) == {"angles beyond their limits"}
     assert broken(replay_error=np.float32(1e-6)) == {"difference when played again"}
+
+
+def test_what_is_counted_and_shown_is_what_is_delivered(twin):
+    question, truth = twin.exam(1, 2)
+    samples = {name: np.asarray(values)[None].copy() for name, values in truth.items()}
+    samples |= {"success": np.ones((1, 2), np.float32), "length": np.full((1, 2), 20, np.float32)}
+    samples["depth"][0, 0, 3] = 2e-3  # deeper than a contact may be
+    dataset = twin.dataset_of(samples, question)
+    assert len(twin.episodes(samples, question.condition)) == 1
+    assert twin.summary(question, dataset).startswith("1 of 2 episodes") and "(20 frames of" in twin.summary(question, dataset)
+    assert [int(shown["episode"]) for shown in results._shown(twin, dataset)] == [1]
 
 
 def test_scores_tell_copies_and_success(twin):
@@ -292,6 +335,17 @@ def test_demonstrations_in_drawn_worlds_make_the_generator_conditional_on_them()
         demonstrations.scripted(TASK, 2, ranges={"friction": [2.0, 0.2]})
 
 
+def test_demonstrations_are_what_the_demonstrator_saw():
+    """In a world whose sensors fail, up to the last observation."""
+    scene, noise = Scene(TASK), np.random.default_rng(0)
+    start, world = TASK.draw(noise, 4, "narrow"), nominal(4, noise=2.0, dropout=0.1)
+    played = scene.play(start, world, lambda _, seen: TASK.demonstrate(seen))
+    for each, row in zip(demonstrations.successes(TASK, played, world), np.flatnonzero(reached(TASK, played.after)[1]), strict=True):
+        np.testing.assert_array_equal(each.observation, played.seen[row, : each.frames])
+        np.testing.assert_array_equal(each.final, played.seen[row, each.frames])
+        assert np.abs(each.observation - played.observation[row, : each.frames]).max() > 1e-4
+
+
 def test_recorded_demonstrations_are_those_that_were_made(archive):
     made, read = demonstrations.scripted(TASK, 2, seed=1), demonstrations.recorded(TASK, archive())
     for one, other in zip(made.episodes, read.episodes, strict=True):
@@ -313,6 +367,9 @@ BAD = {
     "another robot": ({"obs": lambda values: values[:, :9]}, "expected .frames, 12. .* got .* another robot"),
     "beyond limits": ({"act": lambda values: values * 3}, "move_[xy]: expected -1 to 1"),
     "lengths": ({"length": lambda values: values + 1}, "length: expected the frames"),
+    "broken lengths": ({"length": lambda values: values.astype(float)}, "length: expected whole numbers above 0 .episode., got float64"),
+    "one number": ({"obs": lambda values: np.array(1.0)}, "obs: expected numbers .frame, channel., got float64 ..$"),
+    "words": ({"act": lambda values: values.astype(str)}, "act: expected numbers .frame, channel., got <U"),
 }
 
 
@@ -323,11 +380,29 @@ def test_bad_demonstrations_are_refused(archive, name):
         demonstrations.recorded(TASK, archive(**edits))
 
 
-def test_a_file_that_is_none_is_refused(tmp_path):
-    for text in (b"", b"PK\x03\x04torn"):
-        (tmp_path / "demonstrations.npz").write_bytes(text)
-        with pytest.raises(BadInput, match="could not read"):
-            demonstrations.recorded(TASK, str(tmp_path / "demonstrations.npz"))
+def test_a_file_that_is_none_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "demonstrations.npz"
+    np.savez_compressed(path, obs=np.arange(1000.0), act=np.zeros(3), length=np.zeros(3))
+    whole = path.read_bytes()
+    method = whole.index(b"PK\x01\x02") + 10  # of compression, as the directory has it
+    unknown = whole[:method] + b"\x63" + whole[method + 1 :]
+    for bytes_ in (b"", b"PK\x03\x04torn", whole[:80] + bytes(80) + whole[160:], unknown):
+        path.write_bytes(bytes_)
+        with pytest.raises(BadInput, match="could not read") as refused:
+            demonstrations.recorded(TASK, str(path))
+        assert "\n" not in str(refused.value)
+    path.write_bytes(whole)
+    monkeypatch.setattr(archives, "MAX_BYTES", 5000)
+    with pytest.raises(BadInput, match="expected at most 0.005 MB unpacked"):
+        demonstrations.recorded(TASK, str(path))
+
+
+def test_a_folder_of_failures_is_refused(tmp_path):
+    made = demonstrations.scripted(TASK, 2, seed=1)
+    failed = [dataclasses.replace(each, success=False) for each in made.episodes]
+    lerobot.write(tmp_path / "set", layout_of(TASK, "", 0, ""), failed)
+    with pytest.raises(BadInput, match="expected episodes that succeed, to learn from, none of 2 does"):
+        demonstrations.recorded(TASK, str(tmp_path / "set"))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """Arms of the user: kinematics against MuJoCo's, servos where there are none, goals that are reached, and models that will not do."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mujoco
 import numpy as np
 import pytest
 
-from domains.robotics import tasks, worlds
+from domains.robotics import results, tasks, worlds
 from domains.robotics.kinematics import chain_of
 from domains.robotics.physics import compiled
 from domains.robotics.reach import BANDWIDTH, OwnReach
@@ -104,6 +104,29 @@ def test_the_demonstrator_reaches_its_goals_and_replay_is_exact(own: dict[str, A
     assert [channel.name for channel in task.observation][-6:] == ["tool_x", "tool_y", "tool_z", "goal_x", "goal_y", "goal_z"]
 
 
+def test_places_are_bounded_by_the_reach_of_the_arm(tmp_path: Path) -> None:
+    """Links of 1.2 m on a pedestal 3 m away: nothing that the arm does is beyond its limits."""
+    text = SERVOED.replace('pos="0 0 .5"', 'pos="3 0 1.5"')
+    for one, other in ((".4 0 0", "1.2 0 0"), (".3 0 0", "1.2 0 0")):
+        text = text.replace(f'0 0 0 {one}"', f'0 0 0 {other}"').replace(f'pos="{one}"', f'pos="{other}"')
+    (tmp_path / "long.xml").write_text(text)
+    task: Any = OwnReach(model=str(tmp_path / "long.xml"), tool="tip")
+    scene = Scene(task)
+    played = scene.play(
+        task.draw(np.random.default_rng(0), 4, "narrow"), np.repeat(scene.world()[None], 4, 0), lambda _, o: task.demonstrate(o), 5
+    )
+    for channel, values in zip(task.observation, np.moveaxis(played.observation, -1, 0), strict=True):
+        assert channel.lower <= values.min() and values.max() <= channel.upper, channel.name
+    bounds = {channel.name: (channel.lower, channel.upper) for channel in task.planned}
+    np.testing.assert_allclose(list(bounds.values()), [(0.45, 5.55), (-2.55, 2.55), (-1.05, 4.05)])
+
+
+def test_places_of_a_tool_on_a_slide_are_bounded_by_it_too(own: dict[str, Any]) -> None:
+    task = own["six"]
+    far = task._chained[0].length + 0.3
+    np.testing.assert_allclose([channel.upper for channel in task.planned], np.array([0, 0, 0.3]) + far)
+
+
 def test_joints_without_a_servo_get_one_and_others_keep_theirs(own: dict[str, Any]) -> None:
     six, two = compiled(own["six"].spec()), compiled(own["two"].spec())
     assert six.nu == 6
@@ -116,6 +139,45 @@ def test_joints_without_a_servo_get_one_and_others_keep_theirs(own: dict[str, An
     np.testing.assert_allclose(own["two"]._chained[0].rest, [0, 0.8, 0.6])
     assert own["two"].steps == round(1 / (20 * 0.004)) and two.opt.timestep == pytest.approx(0.05 / 12)
     assert [channel.name for channel in own["six"].observation][5] == "joint_wrist_bend"
+
+
+@pytest.mark.parametrize("gravity", [[0.0, 0.0, 0.0], [0.0, 0.0, -1.62], [0.0, 0.0, -9.80665], [3.0, 0.0, -4.0]])
+def test_gravity_is_that_of_the_file(tmp_path: Path, gravity: list[float]) -> None:
+    told = '<option gravity="{}" timestep'.format(" ".join(map(str, gravity)))
+    (tmp_path / "two.xml").write_text(SERVOED.replace("<option timestep", told))
+    scene = Scene(cast(Any, OwnReach(model=str(tmp_path / "two.xml"), tool="tip")))
+    assert worlds.of(scene.world(), "gravity") == pytest.approx(np.linalg.norm(gravity))
+    assert not scene.task.fields(scene.model, scene.world()[None])
+    down = gravity if any(gravity) else [0.0, 0.0, -1.0]
+    ten = scene.task.fields(scene.model, scene.world({"gravity": 10.0})[None])["opt.gravity"][0]
+    np.testing.assert_allclose(ten, 10 * np.array(down) / np.linalg.norm(down))
+
+
+def test_sensors_of_motors_go_with_them_and_others_are_no_gaps(tmp_path: Path) -> None:
+    """A sensor of a motor that a servo replaces, and one of the user's own that is called a gap."""
+    told = '<sensor><actuatorfrc actuator="push"/><actuatorfrc name="kept" actuator="p1"/><jointpos name="gap 1" joint="bend"/></sensor>'
+    text = SERVOED.replace("<motor ", '<motor name="push" ').replace("<keyframe>", f"{told}<keyframe>")
+    (tmp_path / "two.xml").write_text(text)
+    task: Any = OwnReach(model=str(tmp_path / "two.xml"), tool="tip", rest=[0.0, 0.8, -0.6])
+    scene = Scene(task)
+    assert [scene.model.sensor(index).name for index in range(scene.model.nsensor)] == ["kept", "gap 1", tasks.ALL]
+    played = scene.replay(task.draw(np.random.default_rng(0), 2, "narrow"), scene.world()[None].repeat(2, 0), np.zeros((2, 3, 3)))
+    assert played.observation[:, 0, 2].max() < -0.3 and played.depth.max() < 1e-3
+
+
+def test_scene_of_an_arm_with_meshes_is_delivered_with_them(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/bob.obj").write_text("v 0 0 0\nv .1 0 0\nv 0 .1 0\nv 0 0 .1\nf 1 3 2\nf 1 2 4\nf 1 4 3\nf 2 3 4\n")
+    mesh = '<compiler meshdir="parts"/><asset><mesh name="bob" file="bob.obj"/></asset><worldbody><geom type="mesh" mesh="bob"/>'
+    (tmp_path / "two.xml").write_text(SERVOED.replace("<worldbody>", mesh))
+    shape = '<collision><geometry><mesh filename="package://six/parts/bob.obj"/></geometry></collision></link>'
+    (tmp_path / "six.urdf").write_text(URDF.replace("</link>", shape, 1))
+    for file, tool in (("two.xml", "tip"), ("six.urdf", "flange")):
+        out = tmp_path / f"out_{tool}"
+        out.mkdir()
+        results.write_scene(OwnReach(model=str(tmp_path / file), tool=tool), out)
+        assert mujoco.MjModel.from_xml_path(str(out / "scene.xml")).nmesh == 1
+        assert len(list(out.rglob("*.obj"))) == 1
 
 
 def test_files_are_told(own: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Every task of the robotics twin: clean starts, a demonstrator that succeeds, exact replay, and features that keep to the task's frame."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from building import rough_jit
 
 from domains.robotics import arm, flyer, tasks, walker, worlds
+from domains.robotics.demonstrations import Demonstrations
+from domains.robotics.domain import Motions, MotionScenario
 from domains.robotics.physics import CStepper, compiled
 from domains.robotics.push import PlanarPush
 from domains.robotics.tasks import Scene
@@ -25,19 +28,23 @@ def earth(count: int, **values: float) -> np.ndarray:
     return np.repeat(worlds.world(values)[None], count, 0)
 
 
+def own(scene: Scene, count: int) -> np.ndarray:
+    return np.repeat(scene.world()[None], count, 0)
+
+
 @pytest.fixture(scope="module", params=list(TASKS))
 def played(request: Any) -> tuple[Any, Scene, dict[str, np.ndarray], tasks.Played]:
     """A task, its scene, and the wobbling demonstrator from wide starts."""
     task = TASKS[request.param]
     noise, scene = np.random.default_rng(0), Scene(task)
     start = task.draw(noise, COUNT, "wide")
-    return task, scene, start, scene.play(start, earth(COUNT), tasks.wobbling(task, noise, 0.25))
+    return task, scene, start, scene.play(start, own(scene, COUNT), tasks.wobbling(task, noise, 0.25))
 
 
 def test_demonstrations_succeed_and_stay_within_bounds(played: Any) -> None:
     task, scene, _, wide = played
     assert tasks.reached(task, wide.after)[1].mean() > 0.9
-    narrow = scene.play(task.draw(np.random.default_rng(1), COUNT, "narrow"), earth(COUNT), lambda _, o: task.demonstrate(o))
+    narrow = scene.play(task.draw(np.random.default_rng(1), COUNT, "narrow"), own(scene, COUNT), lambda _, o: task.demonstrate(o))
     assert tasks.reached(task, narrow.after)[1].mean() > 0.9
     for channel, values in zip(task.observation, np.moveaxis(wide.observation, -1, 0), strict=True):
         assert values.min() >= channel.lower - 0.01 and values.max() <= channel.upper + 0.01, channel.name
@@ -50,7 +57,7 @@ def test_replay_of_kept_actions_is_exact(played: Any) -> None:
     """For any number of copies: rounded actions, no policy in the loop, the same bits."""
     task, scene, start, wide = played
     some = slice(3, 8)
-    again = scene.replay({k: v[some] for k, v in start.items()}, earth(5), wide.action[some, :60])
+    again = scene.replay({k: v[some] for k, v in start.items()}, own(scene, 5), wide.action[some, :60])
     assert np.array_equal(again.observation, wide.observation[some, :60])
 
 
@@ -262,6 +269,23 @@ def test_walking_is_harder_the_rougher_the_ground() -> None:
 # ---------------------------------------------------------------- worlds
 
 
+def test_gravity_is_the_scenes_own_unless_a_world_says_otherwise(played: Any) -> None:
+    task, scene, _, _ = played
+    gravity = {"landing": 1.62, "inspection": 0.0}.get(task.name, 9.81)
+    assert worlds.of(scene.world(), "gravity") == pytest.approx(gravity) and not task.fields(scene.model, own(scene, 2))
+    for other in (9.81, 1.62, 0.0):
+        changed = task.fields(scene.model, scene.world({"gravity": other})[None])
+        np.testing.assert_allclose(changed.get("opt.gravity", scene.model.opt.gravity[None])[0], [0, 0, -other], atol=1e-6)
+
+
+def test_an_answer_says_the_gravity_that_it_is_made_in() -> None:
+    domain = Motions("robotics/landing", TASKS["landing"], Demonstrations((), "", ""), stride=5)
+    for parameters, gravity in (({}, 1.62), ({"gravity": 9.81}, 9.81)):
+        told = {name: "t" for name in ("title", "domain", "asks", "command", "takes", "expect")}
+        asked = MotionScenario(**told, members=1, seed=0, starts=2, parameters=parameters)
+        np.testing.assert_allclose(domain.ask(asked, Path()).coords["world_gravity"][1], gravity, rtol=1e-6)
+
+
 def test_named_worlds_are_worlds_with_a_source() -> None:
     for name, each in worlds.PRESETS.items():
         assert worlds.of(worlds.world(worlds.preset(name).values), next(iter(each.values))) == pytest.approx(
@@ -285,6 +309,7 @@ def test_drawn_worlds_stay_in_their_ranges() -> None:
         {"friction": [0, 1, "log"]},
         {"gravity": [0, 99]},
         {"gravity": "1"},
+        {"friction": 0.5},
     ):
         with pytest.raises(BadInput, match="world"):
             worlds.draw(np.random.default_rng(0), 2, wrong)

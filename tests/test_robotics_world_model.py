@@ -13,7 +13,7 @@ from flax import nnx
 
 from domains.robotics import arm, dynamics, imagined, planning, push, push_view, worlds
 from domains.robotics.push import PlanarPush
-from domains.robotics.tasks import Scene, reached
+from domains.robotics.tasks import LATEST, Scene, reached
 from generators.world_model import Ensemble, Plain, Prediction, WorldModel, simnorm
 from twinsim import cli, run, train
 from twinsim.base import BadInput, Example, Spec
@@ -167,16 +167,21 @@ def test_planner_settings_are_checked():
 
 
 def test_simulator_imagines_what_then_happens():
-    """The state that planning sets out from is the whole state: what is imagined is seen, to the last bits of float32."""
+    """The state that planning sets out from is the whole state: what is imagined is seen, to the last bits of float32.
+
+    Also where a slow line still has to carry out what was sent before.
+    """
     task = PlanarPush()
     scene = Scene(task)
-    start, world = task.draw(np.random.default_rng(0), 2, "wide"), np.repeat(worlds.world()[None], 2, 0)
+    start, world = task.draw(np.random.default_rng(0), 2, "wide"), np.stack([worlds.world(), worlds.world({"latency": 2.0})])
     imagine = planning.in_simulator(scene, start, world, 3)
-    state = scene.begin(start, world)
     actions = np.random.default_rng(1).uniform(-1, 1, (2, 3, 4, 2)).astype(np.float32)
-    told = imagine(state, np.zeros((2, 12)), actions)
+    sent = np.zeros((2, LATEST, 2), np.float32)
+    state, sent, _ = scene.advance(scene.begin(start, world), sent, start, world, lambda frame, _: actions[:, 0, frame], 3)
+    told = imagine((state, sent), np.zeros((2, 12)), actions)
     for sample in range(3):
-        np.testing.assert_allclose(scene.replay(start, world, actions[:, sample]).after, told[:, sample], atol=1e-6)
+        then = scene.advance(state, sent, start, world, lambda frame, _: actions[:, sample, frame], 4)[2]  # noqa: B023
+        np.testing.assert_allclose(then.after, told[:, sample], atol=1e-6)
 
 
 def test_what_is_pursued_is_what_the_sent_actions_come_to():
@@ -336,6 +341,9 @@ def test_any_task_can_be_learnt():
     assert example.target.shape[1:] == (*spec.grid, spec.channels) and example.scalars.shape[1] == spec.scalars == len(task.observation)
     np.testing.assert_allclose(example.target.std((0, 1)).max(), 1, atol=0.5)
     question, truth = domain.exam(2)
+    drawn = domain.baselines(statistics)["linear"](question.condition, 2, 0)
+    (section,) = domain.sections(asked=None, question=question, dataset=domain.dataset_of(drawn, question), rules={}, evaluation=None)
+    assert [picture[:4] for picture in section.figures.values()] == [b"\x89PNG"]  # of tool and goal, which have three coordinates
     tables = [
         domain.score(draw(question.condition, 2, 0), truth, question.condition).table for draw in domain.baselines(statistics).values()
     ]

@@ -1,6 +1,5 @@
 """Demonstrations: episodes of a task done well, made by its scripted demonstrator or recorded."""
 
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from domains.robotics import lerobot, worlds
+from domains.robotics import archives, lerobot, worlds
 from domains.robotics.episodes import Episode, check, layout_of
 from domains.robotics.tasks import Played, Scene, Start, Task, file_records, reached, wobbling
 from twinsim.base import BadInput
@@ -52,7 +51,7 @@ def scripted(
     for _ in range(20):
         many = max(8, count - len(episodes))
         start = task.draw(noise, many, region)
-        vector = worlds.draw(noise, many, ranges)
+        vector = worlds.draw(noise, many, ranges, scene.world())
         episodes += successes(task, scene.play(start, vector, wobbling(task, noise, wobble)), vector, seed)
         if len(episodes) >= count:
             source = f"a scripted demonstrator with a wobble of {wobble:g}, starts {region}, simulated by MuJoCo"
@@ -68,14 +67,15 @@ def _told(given: Sequence[float | str]) -> str:
 
 
 def successes(task: Task, played: Played, world: np.ndarray, seed: int = 0) -> list[Episode]:
-    """The episodes that reached their goal, up to there."""
+    """The episodes that reached their goal, up to there, as the sensors told them to whoever acted."""
     length, done = reached(task, played.after)
+    seen = np.concatenate([played.seen, played.last_seen[:, None]], 1)
     return [
         Episode(
-            played.observation[row, : length[row]],
+            seen[row, : length[row]],
             played.action[row, : length[row]],
             seed=seed,
-            final=played.after[row, length[row] - 1],
+            final=seen[row, length[row]],
             environment=worlds.named(world[row]),
         )
         for row in np.flatnonzero(done)
@@ -87,34 +87,33 @@ def recorded(task: Task, path: str, licence: str = "not stated") -> Demonstratio
     place, wanted = Path(path), layout_of(task, "", 0, licence)
     episodes = lerobot.read(place, wanted)[1] if place.is_dir() else _arrays(place)
     check(wanted, episodes, path)
+    good = tuple(each for each in episodes if each.success)
+    if not good:
+        raise BadInput(f"{path}: expected episodes that succeed, to learn from, none of {len(episodes)} does")
     files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
-    return Demonstrations(
-        tuple(each for each in episodes if each.success), f"recorded, {place.name}", licence, file_records(files, licence)
-    )
+    return Demonstrations(good, f"recorded, {place.name}", licence, file_records(files, licence))
 
 
 def _arrays(path: Path) -> list[Episode]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = {"obs", "act", "length"} - set(arrays.files)
-            if missing:
-                raise BadInput(f"{path}: expected the arrays obs, act and length, {' and '.join(sorted(missing))} is not there")
-            observation, action, length = arrays["obs"], arrays["act"], arrays["length"]
-    except (EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-        raise BadInput(
-            f"{path}: expected a LeRobot folder or an .npz of demonstrations, could not read it ({type(error).__name__})"
-        ) from error
-    if length.ndim != 1 or (length < 1).any() or length.sum() != len(observation) or len(observation) != len(action):
+    names = ("obs", "act", "length")
+    arrays = archives.read(path, "a LeRobot folder or an .npz of demonstrations", names)
+    observation, action, length = (arrays[name] for name in names)
+    for name, values in (("obs", observation), ("act", action)):
+        if values.ndim != 2 or values.dtype.kind not in "fiu":
+            raise BadInput(f"{path}: {name}: expected numbers [frame, channel], got {values.dtype} {list(values.shape)}")
+    if length.ndim != 1 or length.dtype.kind not in "iu" or (length < 1).any():
+        raise BadInput(f"{path}: length: expected whole numbers above 0 [episode], got {length.dtype} {list(length.shape)}")
+    if not len(observation) == len(action) == sum(length.tolist()):
         raise BadInput(
             f"{path}: length: expected the frames of each episode, as many in all as in obs ({len(observation)}) and act ({len(action)}),"
-            f" got {int(length.sum())}"
+            f" got {sum(length.tolist())}"
         )
     ends = np.cumsum(length)
     parts = [slice(end - size, end) for size, end in zip(length, ends, strict=True)]
     return [Episode(observation[part].astype(np.float32), action[part].astype(np.float32)) for part in parts]
 
 
-def windows(task: Task, episodes: Iterable[Episode], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def windows(scene: Scene, episodes: Iterable[Episode], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every stretch of `size` control steps that begins in an episode; beyond its end the last way point stays.
 
     Returns:
@@ -122,11 +121,11 @@ def windows(task: Task, episodes: Iterable[Episode], size: int) -> tuple[np.ndar
     """
     seen, ways, world = [], [], []
     for episode in episodes:
-        way = np.asarray(task.way(episode.observation, episode.action), np.float32)
+        way = np.asarray(scene.task.way(episode.observation, episode.action), np.float32)
         rows = np.minimum(np.arange(episode.frames)[:, None] + np.arange(size), episode.frames - 1)
         seen.append(episode.observation)
         ways.append(way[rows])
-        world.append(np.repeat(worlds.world(episode.environment)[None], episode.frames, 0))
+        world.append(np.repeat(scene.world(episode.environment)[None], episode.frames, 0))
     return np.concatenate(seen), np.concatenate(ways), np.concatenate(world)
 
 

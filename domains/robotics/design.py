@@ -69,21 +69,13 @@ def judge(task: Any, build: arm.Build, start: Mapping[str, np.ndarray], world: n
     """
     built = replace(task, build=build)
     try:
-        position = built.place(start)
+        built.place(start)
     except BadInput:
         return Judged(build, np.inf, np.inf, 0.0)
-    stepper = Scene(built).stepper(world)
-    stepper.place(position)
-    seen = built.observe(stepper, start)
-    after, work = [], []
-    for _ in range(built.frames):
-        control = built.control(seen, built.demonstrate(seen))
-        work.append(stepper.work(control, built.steps)[1])
-        seen = built.observe(stepper, start)
-        after.append(seen)
-    length, success = reached(built, np.stack(after, 1))
+    played = Scene(built).play(start, world, lambda _, seen: built.demonstrate(seen))
+    length, success = reached(built, played.after)
     until = np.arange(built.frames)[None] < length[:, None]
-    spent = (np.stack(work, 1) * until).sum(1)
+    spent = (played.work.astype(np.float64) * until).sum(1)
     return Judged(build, float(length.mean() / built.rate), float(spent.mean()), float(success.mean()))
 
 
@@ -173,7 +165,7 @@ def optimise_files(
     """
     if task not in TASKS:
         raise BadInput(f"task {task}: expected one of {', '.join(TASKS)}")
-    vector = worlds.world(worlds.preset(world).values if isinstance(world, str) else world)
+    vector = Scene(TASKS[task]).world(worlds.preset(world).values if isinstance(world, str) else world)
     found = optimise(
         TASKS[task],
         vector,

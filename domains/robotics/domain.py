@@ -49,6 +49,7 @@ DEEPEST = 1e-3  # m that bodies may be in each other: MuJoCo's contacts are soft
 KINDS = {"rad": "angles", "rad s-1": "turning speeds", "m": "places", "m s-1": "speeds", "1": "actions"}  # of channels, by their unit
 UNSEEN = 1e9  # scale of what no demonstration varies: a world beyond them looks to the generator like theirs, and only the feedback knows
 EXAM_SEED = 10_007  # of the held-out starts
+AT_ONCE = 1000  # episodes that are played again for their states
 FORMATS = Literal["netcdf", "lerobot", "robomimic", "minari", "mcap", "mjcf"]
 
 
@@ -154,7 +155,7 @@ class Motions:
     @cached_property
     def _windows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Observations, way points and worlds of every window of the demonstrations, then of their mirror images."""
-        seen, ways, world = windows(self.task, self.demonstrations.episodes, self.window)
+        seen, ways, world = windows(self.scene, self.demonstrations.episodes, self.window)
         images = jax.jit(jax.vmap(self.task.mirrored))(seen, ways)
         pairs = zip((seen, ways, world), (*images, world), strict=True)
         return tuple(np.concatenate([np.asarray(one), np.asarray(other)]) for one, other in pairs)  # type: ignore[return-value]
@@ -303,10 +304,8 @@ class Motions:
 
     def _sensed(self, seen: np.ndarray, faults: np.ndarray, world: np.ndarray) -> np.ndarray:
         """What sensors tell of the first observation."""
-        return self._told(worlds.Sensors(np.asarray(faults).reshape(-1)), _flat(seen), _flat(world)).reshape(np.shape(seen))
-
-    def _told(self, sensors: worlds.Sensors, seen: np.ndarray, world: np.ndarray) -> np.ndarray:
-        return np.asarray(sensors.tell(seen, world, self.task.observation, self.task.rate).told, np.float32)
+        sensors = worlds.Sensors(np.asarray(faults).reshape(-1)).tell(_flat(seen), _flat(world), self.task.observation, self.task.rate)
+        return np.asarray(sensors.told, np.float32).reshape(np.shape(seen))
 
     def _advance(
         self,
@@ -320,22 +319,19 @@ class Motions:
         world: np.ndarray,
     ) -> tuple[np.ndarray, ...]:
         """The state, the line, what was told last and what is told now, the actions and what came of them."""
-        lead, vector = np.shape(start)[:-1], _flat(world)
+        lead = np.shape(start)[:-1]
         ways = np.asarray(ways, np.float64).reshape(-1, *np.shape(ways)[-2:])
-        now = int(np.asarray(frame).flat[0])
-        seeds = np.asarray(faults).reshape(-1)
+        now = int(np.max(frame))  # of the episodes that still go on: what comes of the others, whose frame stands still, is not kept
         after, line, played = self.scene.advance(
             _flat(state).view(np.float64),
             np.asarray(sent).reshape(-1, *np.shape(sent)[-2:]),
             start_from(self.task, _flat(start)),
-            vector,
+            _flat(world),
             lambda step, seen: self.task.track(ways[:, step], seen),
             self.stride,
-            worlds.Sensors(seeds, now, _flat(before)),
+            worlds.Sensors(np.asarray(faults).reshape(-1), now, _flat(before)),
         )
-        last = played.seen[:, -1]
-        then = self._told(worlds.Sensors(seeds, now + self.stride, last), played.last, vector)
-        parts = (self._bits(after), line, last, then, played.action, played.after)
+        parts = (self._bits(after), line, played.seen[:, -1], played.last_seen, played.action, played.after)
         return tuple(np.asarray(part).reshape((*lead, *part.shape[1:])) for part in parts)
 
     def _again(
@@ -352,11 +348,13 @@ class Motions:
         return tuple(np.asarray(part, np.float32).reshape((*lead, *part.shape[1:])) for part in (*self.told(again), error))
 
     def told(self, played: Played) -> tuple[np.ndarray, ...]:
-        """What was and what was sensed, depth, gain, length and success of episodes, filled up to the frames of the task."""
+        """What was and what was sensed, depth, gain, length and success of episodes, which stand still from their length on."""
         length, success = reached(self.task, played.after)
-        rest = self.task.frames - played.action.shape[1]
-        was, seen = (np.concatenate([part, np.repeat(played.last[:, None], rest, 1)], 1) for part in (played.observation, played.seen))
-        depth, gain = (np.pad(part, ((0, 0), (0, rest))) for part in (played.depth, played.gain))
+        rows, rest = np.arange(self.task.frames)[None], self.task.frames - played.action.shape[1]
+        told = ((played.observation, played.last), (played.seen, played.last_seen))
+        until = np.minimum(rows, length[:, None])[..., None]
+        was, seen = (np.take_along_axis(np.concatenate([part, last[:, None]], 1), until, 1) for part, last in told)
+        depth, gain = (np.pad(part, ((0, 0), (0, rest))) * (rows < length[:, None]) for part in (played.depth, played.gain))
         length = np.where(success, length, self.task.frames)
         return was, seen, depth, gain, length.astype(np.float32), success.astype(np.float32)
 
@@ -368,7 +366,7 @@ class Motions:
 
     @cached_property
     def _state_size(self) -> int:
-        world = worlds.world()[None]
+        world = self.scene.world()[None]
         start = {name: values[:1] for name, values in self.task.draw(np.random.default_rng(0), 1, "narrow").items()}
         return self._bits(self.scene.begin(start, world)).shape[1]
 
@@ -380,7 +378,7 @@ class Motions:
     # ------------------------------------------------------------ questions
 
     def ask(self, scenario: MotionScenario, folder: Path) -> Question:
-        vector = worlds.world({**(worlds.preset(scenario.world).values if scenario.world else {}), **scenario.parameters})
+        vector = self.scene.world({**(worlds.preset(scenario.world).values if scenario.world else {}), **scenario.parameters})
         start = self.task.draw(np.random.default_rng(scenario.seed), scenario.starts, scenario.region)
         question = self.question(start, np.repeat(vector[None], scenario.starts, 0), scenario.members, scenario.title)
         notes = [f"The world {scenario.world}: {worlds.preset(scenario.world).source}."] if scenario.world else []
@@ -414,7 +412,7 @@ class Motions:
         """Wide starts, their worlds and the demonstrator's own episodes from there, none of which was learnt from."""
         start = self.task.draw(np.random.default_rng(EXAM_SEED), self.exam_starts, "wide")
         start = start_from(self.task, start_of(self.task, start))
-        world = np.repeat(worlds.world()[None], self.exam_starts, 0)
+        world = np.repeat(self.scene.world()[None], self.exam_starts, 0)
         return start, world, self.scene.play(start, world, lambda _, seen: self.task.demonstrate(seen))
 
     def exam(self, members: int, most: int | None = None) -> tuple[Question, Sample]:
@@ -468,27 +466,39 @@ class Motions:
     ) -> Sequence[Section]:
         return results.sections(self, asked, question, dataset, rules, evaluation)
 
-    def episodes(self, samples: Sample, condition: Condition, seed: int = 0) -> list[Episode]:
-        """Those of an answer `[member, episode, ...]` that reach their goal and keep every rule, up to it, as the sensors told them."""
-        kept = self.holds(samples)
-        seen = np.stack([np.asarray(samples[f"seen_{each.name}"]) for each in self.task.observation], -1)
-        action = np.stack([np.asarray(samples[each.name]) for each in self.task.action], -1)
-        length, world = np.asarray(samples["length"]).astype(int), np.asarray(condition["world"])
+    def episodes(self, samples: Sample, condition: Condition, seed: int = 0, states: bool = False) -> list[Episode]:
+        """Those of an answer `[member, episode, ...]` that reach their goal and keep every rule, up to it, as the sensors told them.
+
+        Args:
+          states: whether to play them again for the states of the simulator.
+        """
+        member, row = np.nonzero(self.holds(samples))
+        seen = np.stack([np.asarray(samples[f"seen_{each.name}"])[member, row] for each in self.task.observation], -1)
+        action = np.stack([np.asarray(samples[each.name])[member, row] for each in self.task.action], -1)
+        length = np.asarray(samples["length"])[member, row].astype(int)
+        start, world = (np.asarray(condition[name])[row] for name in ("start", "world"))
+        passed: list[np.ndarray] = []
+        for part in (slice(first, first + AT_ONCE) for first in range(0, len(row) if states else 0, AT_ONCE)):
+            passed.extend(self.scene.states(start_from(self.task, start[part]), world[part], action[part, : length[part].max()]))
         return [
             Episode(
-                seen[member, row, :size],
-                action[member, row, :size],
+                seen[index, :size],
+                action[index, :size],
                 seed=seed,
-                final=seen[member, row, size] if size < self.task.frames else None,
-                environment=worlds.named(world[row]),
+                final=seen[index, size] if size < self.task.frames else None,
+                states=passed[index][:size] if states else None,
+                environment=worlds.named(world[index]),
             )
-            for member, row in np.argwhere(kept)
-            for size in (length[member, row],)
+            for index, size in enumerate(length)
         ]
+
+    @cached_property
+    def _broken(self) -> Callable[[Sample], Mapping[str, Array]]:
+        return jax.jit(jax.vmap(jax.vmap(lambda sample: self.check(sample, {}))))
 
     def holds(self, samples: Sample) -> np.ndarray:
         """Which episodes of an answer reach their goal and keep every rule, `[member, episode]`."""
-        broken = jax.jit(jax.vmap(jax.vmap(lambda sample: self.check(sample, {}))))({name: np.asarray(v) for name, v in samples.items()})
+        broken = self._broken({name: np.asarray(values) for name, values in samples.items()})
         kept = np.all([np.asarray(values) <= 0 for values in broken.values()], axis=0)
         return kept & (np.asarray(samples["success"]) > 0)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pydantic
 import xarray as xr
 
-from domains.robotics import dynamics_results, worlds
+from domains.robotics import dynamics_results
 from domains.robotics.tasks import Channel, Played, Policy, Scene, Start, Task, wobbling
 from twinsim import metrics
 from twinsim import scenario as scenarios
@@ -86,7 +86,7 @@ def mixed(
     if count < 3 or held_out < 3:
         raise BadInput(f"episodes of {task.name}: expected a count and a held_out of at least 3, got {count} and {held_out}")
     scene, noise, total = Scene(task), np.random.default_rng(seed), count + held_out
-    vector = worlds.world(world)
+    vector = scene.world(world)
     parts: list[Played] = []
     policies: tuple[Policy, ...] = (wobbling(task, noise, 0.25), wobbling(task, noise, 1.0), _in_between(task, noise))
     for kind, policy in enumerate(policies):
@@ -312,7 +312,7 @@ class Dynamics:
     def at_rest(self, start: Start) -> np.ndarray:
         """What is seen when episodes start, all channels, `[count, channel]`."""
         count = len(next(iter(start.values())))
-        stepper = self.scene.stepper(np.repeat(worlds.world()[None], count, 0))
+        stepper = self.scene.stepper(np.repeat(self.scene.world()[None], count, 0))
         stepper.place(self.task.place(start))
         return self.task.observe(stepper, start)
 

@@ -1,7 +1,7 @@
 """What a report says of an answer of a world model."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,17 +56,19 @@ def sections(domain: "Dynamics", asked: "object", dataset: xr.Dataset) -> Sequen
     for index, (name, which) in enumerate(domain.groups.items()):
         rows.append([name.replace("_", " "), f"{far[index]:.3g}", f"{apart[index]:.2g}", domain.channels[which[0]].units])
     text = [getattr(asked, "asks", ""), f"To expect: {getattr(asked, 'expect', '').strip()}"]
-    caption = f"Paths of {min(CASES, dataset.sizes['case'])} cases, a line a member; dots are where they end"
-    return [Section("What was asked", text, {"After the last action": rows}, {caption: _picture(domain, dataset)})]
+    caption = f"Paths of {min(CASES, dataset.sizes['case'])} cases, places seen from above, a line a member; dots are where they end"
+    flat = {name: which[:2] for name, which in domain.groups.items() if len(which) in (2, 3) and not name.endswith("speed")}
+    pictures = {caption: _picture(domain, dataset, flat)} if flat else {}
+    return [Section("What was asked", text, {"After the last action": rows}, pictures)]
 
 
-def _picture(domain: "Dynamics", dataset: xr.Dataset) -> bytes:
+def _picture(domain: "Dynamics", dataset: xr.Dataset, flat: Mapping[str, Sequence[int]]) -> bytes:
+    """Paths of pairs of channels by the name of the thing."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    flat = {name: which for name, which in domain.groups.items() if len(which) == 2 and not name.endswith("speed")}
     figure, axes = plt.subplots(1, len(flat), figsize=(4.2 * len(flat), 4), layout="constrained", squeeze=False)
     values = dataset["motion"].values
     for axis, (name, which) in zip(axes[0], flat.items(), strict=True):

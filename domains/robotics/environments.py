@@ -38,7 +38,8 @@ class TaskEnvironment(gymnasium.Env[np.ndarray, np.ndarray]):
     """One episode at a time of any task; a step is a control step.
 
     The reward is 1 for the step that has kept the goal for as long as the task asks, which ends the episode, else 0; after the task's
-    longest time an episode is truncated. `info` holds `success` and `off`, how far the goal is from being reached.
+    longest time an episode is truncated. Observations are what the world's sensors tell. The reward goes by what is, and so does `info`,
+    which holds `success` and `off`, how far the goal is from being reached.
 
     Args:
       region: where episodes start, as the task has it.
@@ -51,7 +52,8 @@ class TaskEnvironment(gymnasium.Env[np.ndarray, np.ndarray]):
         self.observation_space = Box(-np.inf, np.inf, (len(task.observation),), np.float32)
         lower, upper = (np.array([getattr(channel, side) for channel in task.action], np.float32) for side in ("lower", "upper"))
         self.action_space = self._actions = Box(lower, upper, dtype=np.float32)
-        self._scene, self._world = Scene(task), worlds.world(world)[None]
+        self._scene = Scene(task)
+        self._world = self._scene.world(world)[None]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Begins an episode; `options["start"]`, name -> value, says where, else it is drawn. Raises BadInput."""
@@ -65,20 +67,23 @@ class TaskEnvironment(gymnasium.Env[np.ndarray, np.ndarray]):
         self._state = self._scene.begin(self._start, self._world)
         self._sent = np.zeros((1, LATEST, len(task.action)), np.float32)
         self._frame = self._kept = 0
-        seen = task.observe(self._scene.stepper(self._world), self._start).astype(np.float32)
-        return seen[0], self._info(seen, False)
+        self._sensors = worlds.Sensors(self.np_random.spawn(1)[0].integers(2**32, size=1, dtype=np.uint32))
+        seen = task.observe(self._scene.stepper(self._world), self._start)
+        told = self._sensors.tell(seen, self._world, task.observation, task.rate).told
+        return np.asarray(told, np.float32)[0], self._info(seen, False)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """One control step with `action` `[channel]`; what is beyond its bounds is cut off."""
         sent = np.clip(np.asarray(action, np.float32), self._actions.low, self._actions.high)
         self._state, self._sent, played = self._scene.advance(
-            self._state, self._sent, self._start, self._world, lambda frame, seen: sent[None], 1
+            self._state, self._sent, self._start, self._world, lambda frame, seen: sent[None], 1, self._sensors
         )
         self._frame += 1
+        self._sensors = worlds.Sensors(self._sensors.seed, self._frame, played.seen[:, -1])
         self._kept = self._kept + 1 if float(self.task.off(played.last)[0]) <= 0 else 0
         success = self._kept >= self.task.hold
         late = self._frame >= self.task.frames and not success
-        return played.last[0], float(success), success, late, self._info(played.last, success)
+        return played.last_seen[0], float(success), success, late, self._info(played.last, success)
 
     def render(self) -> np.ndarray | None:
         """The present state as a picture `[240, 240, 3]` uint8, in the mode "rgb_array"; drawn from above where there is no GL library."""

@@ -53,14 +53,6 @@ def _gap(spec: mujoco.MjSpec, one: str, other: str) -> None:
     )
 
 
-def _own_gravity(changed: dict[str, np.ndarray], world: np.ndarray, own: float) -> dict[str, np.ndarray]:
-    """The scene's own gravity, m/s2, where a world has Earth's, which is what it has where it says nothing."""
-    gravity = worlds.of(world, "gravity")
-    gravity = np.where(np.abs(gravity - worlds.EARTH) < 1e-3, own, gravity)
-    down = {"opt.gravity": gravity[:, None] * np.array([0.0, 0.0, -1.0])} if (np.abs(gravity - own) > 1e-3).any() else {}
-    return {name: values for name, values in changed.items() if name != "opt.gravity"} | down
-
-
 # ---------------------------------------------------------------- inspection
 
 
@@ -150,8 +142,7 @@ class Inspection:
         return np.stack([far * np.cos(angle), far * np.sin(angle), height, wrapped(angle + np.pi)], 1)
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
-        """As `worlds.fields`; in free fall unless a world has a gravity other than Earth's."""
-        return _own_gravity(worlds.fields(model, world, self.handled), world, 0.0)
+        return worlds.fields(model, world, self.handled)
 
     def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
         angle = start["goal_angle"]
@@ -341,8 +332,7 @@ class Landing:
         return np.pad(given(self, start, bounds)[:, :3], ((0, 0), (0, 1)))
 
     def fields(self, model: mujoco.MjModel, world: np.ndarray) -> dict[str, np.ndarray]:
-        """As `worlds.fields`; on the Moon unless a world has a gravity other than Earth's."""
-        return _own_gravity(worlds.fields(model, world, self.handled), world, MOON)
+        return worlds.fields(model, world, self.handled)
 
     def goal(self, start: Mapping[str, float]) -> tuple[float, float, float]:
         return start["goal_x"], start["goal_y"], 0.0

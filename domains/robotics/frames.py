@@ -1,6 +1,6 @@
 """Frames that tasks are learnt in, and starts drawn from regions or given: what several tasks share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,9 +68,9 @@ def expect_finite(task: str, thing: str, place: np.ndarray) -> None:
         raise BadInput(f"{task}: {thing}: expected finite metres, got {place[~finite][0]}")
 
 
-def place_channels(name: str) -> tuple[Channel, ...]:
-    """Of a place near a robot on a table."""
-    return tuple(Channel(f"{name}_{axis}", "m", -2.0, 2.0) for axis in "xyz")
+def place_channels(name: str, lower: Sequence[float] = (-2.0,) * 3, upper: Sequence[float] = (2.0,) * 3) -> tuple[Channel, ...]:
+    """Of a place; by default near a robot on a table."""
+    return tuple(Channel(f"{name}_{axis}", "m", *bounds) for axis, *bounds in zip("xyz", lower, upper, strict=True))
 
 
 def moves(axes: str) -> tuple[Channel, ...]:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domains.robotics import worlds
 from domains.robotics.dynamics import Dynamics
 from domains.robotics.tasks import Played, Policy, Start
 from twinsim.base import Array, BadInput, Statistics
@@ -90,7 +89,7 @@ class ModelStepper:
 
     def play(self, start: Start, world: np.ndarray, policy: Policy, frames: int | None = None) -> Played:
         """Episodes from the start on, as `tasks.Scene.play` has them. Raises BadInput for worlds other than the scene's own."""
-        if not np.allclose(world, worlds.world()):
+        if not np.allclose(world, self.domain.scene.world()):
             raise BadInput(f"{self.domain.name}: expected the scene's own world, since the model has learnt no other")
         frames = self.task.frames if frames is None else frames
         self.place(self.domain.at_rest(start))
@@ -100,7 +99,8 @@ class ModelStepper:
             self.step(done[-1])
             seen.append(self.observation)
         nothing = np.zeros((self.count, frames), np.float32)
-        return Played(np.stack(seen[:-1], 1), seen[-1], np.stack(seen[:-1], 1), np.stack(done, 1), nothing, nothing)
+        both = np.stack(seen[:-1], 1), seen[-1]
+        return Played(*both, *both, np.stack(done, 1), nothing, nothing, nothing)
 
     def replay(self, start: Start, world: np.ndarray, action: np.ndarray) -> Played:
         """Episodes from the start on with given actions `[count, frame, channel]`."""
@@ -108,8 +108,8 @@ class ModelStepper:
 
     # ------------------------------------------------------------ many steps
 
-    def imagine(self, state: np.ndarray, seen: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """A `planning.Imagine`, from what is seen: the simulator's `state` is not known to the model."""
+    def imagine(self, state: object, seen: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """A `planning.Imagine`, from what is seen: the `state` of simulator and line is not known to the model."""
         return np.asarray(self._unrolled(self._params, np.asarray(seen, np.float32), np.asarray(actions, np.float32)))
 
     def predict(self, seen: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,6 +33,11 @@ class Chain:
     upper: np.ndarray
     rest: np.ndarray
 
+    @property
+    def length(self) -> float:
+        """From the first joint to the tool along the links, m."""
+        return float(np.linalg.norm(self.offset[1:], axis=1).sum())
+
     def follow(self, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Place of the tool `[count, 3]`, its rotation `[count, 3, 3]`, and of all joints their places and axes `[count, joint, 3]`."""
         count, size = joints.shape

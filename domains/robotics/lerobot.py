@@ -29,6 +29,8 @@ CHUNK_FILES = 1000
 FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 STATE, ACTION, SIMULATED, SUCCESS, DONE = "observation.state", "action", "simulator.state", "next.success", "next.done"
+TIME = "timestamp"
+JITTER = 0.1  # of the time between two frames; LeRobot's own tolerance is 1e-4 s
 PICTURES = 20  # frames of an episode, about, that its colours' statistics are taken from
 UNSTATED = "Read from a LeRobot folder, which does not say whether it was recorded or made."
 MEGA = 1024**2
@@ -119,7 +121,7 @@ def _columns(layout: Layout, episodes: Sequence[Episode], lengths: np.ndarray) -
     values[DONE][ends - 1] = True
     values[SUCCESS][ends - 1] = [episode.success for episode in episodes]
     frame = index - np.repeat(ends - lengths, lengths)
-    values["timestamp"] = (frame / layout.fps).astype(np.float32)
+    values[TIME] = (frame / layout.fps).astype(np.float32)
     values["frame_index"] = frame
     values["episode_index"] = np.repeat(np.arange(len(lengths)), lengths)
     values["index"] = index
@@ -327,7 +329,7 @@ def read(folder: Path, expected: Layout | None = None, *, images: bool = False) 
     if expected is not None:
         check_same_robot(expected, layout, str(folder))
         layout = replace(layout, observation=expected.observation, action=expected.action)
-    wanted = {name for name in (STATE, ACTION, SIMULATED, SUCCESS) if name in features}
+    wanted = {name for name in (STATE, ACTION, SIMULATED, SUCCESS, TIME) if name in features}
     columns = _read_frames(folder, [*sorted(wanted), "episode_index", "frame_index", "task_index"])
     index = columns["episode_index"]
     order = np.lexsort((columns["frame_index"], index))
@@ -337,6 +339,10 @@ def read(folder: Path, expected: Layout | None = None, *, images: bool = False) 
             f"{folder}: expected {info.get('total_episodes')} episodes and {info.get('total_frames')} frames, as {INFO} says,"
             f" got {len(starts)} and {len(order)}"
         )
+    _check_times(folder, np.split(columns["frame_index"][order], starts[1:]), "frame_index", 1.0, "one after the other")
+    if TIME in columns:
+        times = _vectors(columns[TIME], {"shape": [1]}, folder, TIME)[order, 0].astype(np.float64)
+        _check_times(folder, np.split(times, starts[1:]), TIME, 1 / layout.fps, f"at {layout.fps:g} frames a second")
     tasks = _tasks(folder)
     found = [tasks.get(int(task), "") for task in np.unique(columns["task_index"])]
     if len(found) > 1:
@@ -392,6 +398,16 @@ def _layout(folder: Path, info: Mapping[str, Any], features: Mapping[str, Any]) 
         raise BadInput(f"{folder / ABOUT}: expected the description that twinsim writes, got another ({error})") from error
     check_same_robot(plain, told, str(folder / ABOUT))
     return told
+
+
+def _check_times(folder: Path, episodes: Sequence[np.ndarray], name: str, step: float, wanted: str) -> None:
+    """Raises BadInput where numbers `[frame]` of an episode do not go on by a step a frame."""
+    for number, values in enumerate(episodes):
+        wrong = np.abs(np.diff(values) - step) > JITTER * step
+        if wrong.any():
+            frame = int(wrong.argmax())
+            got = f"{values[frame]:g} and then {values[frame + 1]:g}"
+            raise BadInput(f"{folder / 'data'}: {name}: episode {number}, frame {frame}: expected frames {wanted}, got {got}")
 
 
 def _channel(told: Mapping[str, Any]) -> Channel:

@@ -67,6 +67,16 @@ class Opened:
         spec.compiler.fusestatic = False  # bodies keep their names
         return spec
 
+    def assets(self) -> dict[str, Path]:
+        """The meshes, textures and height fields that the spec names, by where within the model's folder it names them."""
+        folder, spec = Path(self.copies.name), self.spec()
+        found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS}
+        named = {}  # where the copies have them, or, of models that were attached, beside these
+        for file in (mesh.file for mesh in spec.meshes if mesh.file):
+            place = str(PurePosixPath(spec.meshdir) / file)
+            named[place] = found.get(place) or next(path for path in found.values() if path.name == PurePosixPath(file).name)
+        return (found if self.form == "MJCF" else {}) | named  # a URDF's are copied to several places
+
 
 LIMITS = Limits()
 ENDINGS = (".stl", ".obj", ".msh", ".png", ".bin", ".hf", ".hfield", ".skn")
@@ -109,9 +119,23 @@ class Screened:
     notes: list[str] = field(default_factory=list)
     elements: int = 0
     folders: set[str] = field(default_factory=lambda: {""})
-    assets: list[tuple[str, str, str]] = field(default_factory=list)  # where it is named, its name, the folder of the file that names it
+    assets: list[tuple[str, str, str, bool]] = field(default_factory=list)  # where and how it is named, that file's folder, if visual only
+    visuals: bool = False  # whether a URDF's are kept, which MuJoCo discards unless told otherwise
     radian: bool = False
     ranges: list[tuple[str, float]] = field(default_factory=list)  # joints with ranges, and the largest value of each
+
+
+@dataclass
+class Document:
+    """An MJCF file and those that it includes, which may attach the models that any of them names.
+
+    Attributes:
+      folder: of the first of them. models: elements of each, by name. attached: which, and how often.
+    """
+
+    folder: str
+    models: dict[str, int] = field(default_factory=dict)
+    attached: list[tuple[str, int]] = field(default_factory=list)
 
 
 def screen(path: str | os.PathLike, limits: Limits = LIMITS) -> Screened:
@@ -121,8 +145,9 @@ def screen(path: str | os.PathLike, limits: Limits = LIMITS) -> Screened:
         raise BadInput(f"{main}: expected a model as .xml, .mjcf or .urdf")
     found = Screened(main.parent, limits)
     found.elements = _walk(found, main.name, (), 1)
-    for where, name, beside in found.assets:
-        _take(found, where, name, beside)
+    for where, name, beside, visual in found.assets:
+        if found.visuals or not visual:
+            _take(found, where, name, beside)
     if found.form == "MJCF" and not found.radian and found.ranges:
         joint, largest = max(found.ranges, key=lambda each: each[1])
         if 0 < largest <= TURN:
@@ -133,8 +158,8 @@ def screen(path: str | os.PathLike, limits: Limits = LIMITS) -> Screened:
     return found
 
 
-def _walk(found: Screened, name: str, above: tuple[str, ...], times: int) -> int:
-    """Screens one XML file and those that it includes; the elements of them all, each as often as it is repeated."""
+def _walk(found: Screened, name: str, above: tuple[str, ...], times: int, within: Document | None = None) -> int:
+    """Screens an XML file, included `within` a document or a whole one, and those that it names; their elements, repeated ones counted."""
     limits, path = found.limits, found.folder / name
     if name in above:
         raise BadInput(f"{path}: expected files that do not include themselves, got {' in '.join([name, *reversed(above)])}")
@@ -142,14 +167,18 @@ def _walk(found: Screened, name: str, above: tuple[str, ...], times: int) -> int
         raise BadInput(f"{path}: expected files within files to a depth of 8, got more")
     text = _bytes(found, name, limits.xml_bytes)
     beside = str(PurePosixPath(name).parent)
+    document = within or Document(beside)
     parser = expat.ParserCreate("utf-8")
     repeats: list[int] = [times]  # of the elements open now
     tags: list[str] = []
-    attached: dict[str, int] = {}  # model -> its elements
     count = 0
 
     def where(tag: str) -> str:
         return f"{path} line {parser.CurrentLineNumber}: <{tag}>"
+
+    def few(where: str) -> None:
+        if count > limits.elements:
+            raise BadInput(f"{where}: expected at most {limits.elements:,} elements, repeated ones counted, got {count:,} or more")
 
     def start(tag: str, attributes: Mapping[str, str]) -> None:
         nonlocal count
@@ -162,19 +191,21 @@ def _walk(found: Screened, name: str, above: tuple[str, ...], times: int) -> int
             raise BadInput(f"{here}: expected at most {limits.depth} elements within each other, got more")
         _numbers(here, given)
         if not (found.form == "URDF" and "gazebo" in tags):  # which MuJoCo passes over
-            _names(found, here, kind, given, beside)
+            _names(found, here, kind, given, beside, found.form == "URDF" and "visual" in tags)
         inner = repeats[-1] * _copies(limits, here, kind, given)
         repeats.append(inner)
         count += inner
         if kind == "include":
-            count += _walk(found, _inside(here, given.get("file", ""), beside), (*above, name), repeats[-1])
+            places = [_inside(here, given.get("file", ""), folder) for folder in (document.folder, beside)]  # as MuJoCo looks for it
+            there = [place for place in places if (found.folder / place).is_file()]
+            count += _walk(found, (there or places)[0], (*above, name), repeats[-1], document)
         elif kind == "model" and "file" in given and found.form == "MJCF":
             own = given.get("name", PurePosixPath(given["file"]).stem)
-            attached[own] = _walk(found, _inside(here, given["file"], beside), (*above, name), 1)
+            document.models[own] = _walk(found, _inside(here, given["file"], beside), (*above, name), 1)
+            count += document.models[own]
         elif kind == "attach":
-            count += repeats[-1] * max(attached.get(given.get("model", ""), 0), 1)
-        if count > limits.elements:
-            raise BadInput(f"{here}: expected at most {limits.elements:,} elements, repeated ones counted, got {count:,} or more")
+            document.attached.append((given.get("model", ""), repeats[-1]))
+        few(here)
 
     def end(tag: str) -> None:
         tags.pop()
@@ -189,6 +220,9 @@ def _walk(found: Screened, name: str, above: tuple[str, ...], times: int) -> int
         parser.Parse(text, True)
     except expat.ExpatError as error:
         raise BadInput(f"{path}: expected well-formed XML, got {error}") from None
+    if within is None:
+        count += sum(often * document.models.get(model, 0) for model, often in document.attached)
+        few(str(path))
     return count
 
 
@@ -214,14 +248,15 @@ def _numbers(here: str, given: Mapping[str, str]) -> None:
             raise BadInput(f"{here} {key}: expected finite numbers, got {_show(value)}")
 
 
-def _names(found: Screened, here: str, kind: str, given: Mapping[str, str], beside: str) -> None:
-    """Files and folders that an element names; raises BadInput for plugins and for what lies elsewhere."""
+def _names(found: Screened, here: str, kind: str, given: Mapping[str, str], beside: str, visual: bool) -> None:
+    """Files and folders that an element names; raises BadInput for plugins and for folders that lie elsewhere."""
     if kind in ("plugin", "extension"):
         raise BadInput(f"{here}: expected a model without plugins, which are code")
     if kind.startswith("xacro:"):
         raise BadInput(f"{here}: expected a URDF whose macros are expanded; run xacro on it first")
     if kind == "compiler":
         found.radian |= given.get("angle") == "radian"
+        found.visuals |= given.get("discardvisual") == "false"
         for key in FOLDERS:
             if given.get(key):
                 found.folders.add(_inside(f"{here} {key}", given[key], ""))
@@ -232,12 +267,8 @@ def _names(found: Screened, here: str, kind: str, given: Mapping[str, str], besi
     if kind in ("include", "model"):
         return
     for key, value in given.items():
-        if not key.startswith("file") or not value:
-            continue
-        name = value.removeprefix(PACKAGE) if found.form == "URDF" else value
-        if not name.lower().endswith(ENDINGS):
-            raise BadInput(f"{here} {key}: expected a file that ends in {', '.join(ENDINGS)}, got {_show(value)}")
-        found.assets.append((f"{here} {key}", _inside(f"{here} {key}", name, ""), beside))
+        if key.startswith("file") and value:
+            found.assets.append((f"{here} {key}", value.removeprefix(PACKAGE) if found.form == "URDF" else value, beside, visual))
 
 
 def _inside(here: str, name: str, beside: str) -> str:
@@ -280,9 +311,11 @@ def _floats(text: str) -> Iterator[float]:
 
 def _take(found: Screened, where: str, name: str, beside: str) -> None:
     """The bytes of an asset, wherever the compiler would look for it within the folder."""
-    names = [name]
+    if not name.lower().endswith(ENDINGS):
+        raise BadInput(f"{where}: expected a file that ends in {', '.join(ENDINGS)}, got {_show(name)}")
+    names, parts = [_inside(where, name, "")], PurePosixPath(name).parts
     if found.form == "URDF":  # within a package whose folder is this one, or all in one folder; the compiler may look for either
-        names += [str(PurePosixPath(*PurePosixPath(name).parts[1:])), PurePosixPath(name).name]
+        names += ["/".join(parts[1:] or parts), parts[-1]]
     places = {str(PurePosixPath(one) / folder / each) for one in ("", beside) for folder in sorted(found.folders) for each in names}
     there = sorted(place for place in places if (found.folder / place).is_file())
     if not there:

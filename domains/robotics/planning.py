@@ -14,12 +14,15 @@ import numpy as np
 from domains.robotics import worlds
 from domains.robotics.dynamics import bounds
 from domains.robotics.physics import CStepper
-from domains.robotics.tasks import LATEST, Played, Scene, Start
+from domains.robotics.tasks import LATEST, Played, Scene, Start, due
 from twinsim.base import BadInput
 
-# Simulator states `[task, size]`, observations `[task, channel]` and actions `[task, sample, step, action]` -> what would be seen after
-# each action, `[task, sample, step, channel]`.
-Imagine = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+State = tuple[
+    np.ndarray, np.ndarray
+]  # of the simulator, `[task, size]`, and the last actions `[task, LATEST, action]`, as in `Scene.advance`
+# States, observations `[task, channel]` and actions `[task, sample, step, action]` -> what would be seen after each action,
+# `[task, sample, step, channel]`.
+Imagine = Callable[[State, np.ndarray, np.ndarray], np.ndarray]
 Cost = Callable[[np.ndarray, np.ndarray], np.ndarray]  # what would be seen, and the actions -> `[task, sample]`
 
 
@@ -64,7 +67,7 @@ def plan(
     planner: Planner,
     imagine: Imagine,
     cost: Cost,
-    state: np.ndarray,
+    state: State,
     seen: np.ndarray,
     limits: tuple[np.ndarray, np.ndarray],
     noise: np.random.Generator,
@@ -122,21 +125,21 @@ def pursue(
     frames = task.frames if frames is None else frames
     limits = bounds(task.action)
     state, sent = scene.begin(start, world), np.zeros((len(world), LATEST, len(task.action)), np.float32)
-    seen, sensors = task.observe(scene.stepper(world), start), worlds.Sensors(np.arange(len(world)))
+    sensors = worlds.Sensors(np.arange(len(world)))
+    told = sensors.tell(task.observe(scene.stepper(world), start), world, task.observation, task.rate).told
+    assert told is not None
     mean: np.ndarray | None = None
     parts: list[Played] = []
     for first in range(0, frames, stride):
-        told = sensors.tell(seen, world, task.observation, task.rate).told
-        assert told is not None
-        found = plan(planner, imagine, cost, state, told, limits, noise, mean)
+        found = plan(planner, imagine, cost, (state, sent), told, limits, noise, mean)
         many = min(stride, frames - first)
         state, sent, played = scene.advance(state, sent, start, world, lambda frame, _: found[:, frame], many, sensors)  # noqa: B023
         parts.append(played)
-        seen, sensors = played.last, worlds.Sensors(sensors.seed, first + many, played.seen[:, -1])
+        told, sensors = played.last_seen, worlds.Sensors(sensors.seed, first + many, played.seen[:, -1])
         mean = np.concatenate([found[:, stride:], np.repeat(found[:, -1:], stride, 1)], 1)
-    names = ("observation", "seen", "action", "depth", "gain")
+    names = ("observation", "seen", "action", "depth", "gain", "work")
     joined = {name: np.concatenate([getattr(part, name) for part in parts], 1) for name in names}
-    return Played(**joined, last=parts[-1].last)
+    return Played(**joined, last=parts[-1].last, last_seen=parts[-1].last_seen)
 
 
 def in_simulator(scene: Scene, start: Start, world: np.ndarray, samples: int) -> Imagine:
@@ -146,12 +149,12 @@ def in_simulator(scene: Scene, start: Start, world: np.ndarray, samples: int) ->
     begun = {name: np.repeat(np.asarray(values), samples) for name, values in start.items()}
     stepper = CStepper(scene.model, len(many), task.fields(scene.model, many))
 
-    def imagine(state: np.ndarray, seen: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        stepper.state = np.repeat(state, samples, 0)
-        flat = np.asarray(actions, np.float32).reshape(len(many), *actions.shape[2:]).astype(np.float64)
+    def imagine(state: State, seen: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        stepper.state, sent = (np.repeat(part, samples, 0) for part in state)
+        line = np.concatenate([sent, np.asarray(actions, np.float32).reshape(len(many), *actions.shape[2:])], 1)
         after, now = [], task.observe(stepper, begun)
-        for step in range(flat.shape[1]):
-            stepper.step(task.control(now, flat[:, step]), task.steps)
+        for step in range(actions.shape[2]):
+            stepper.step(task.control(now, due(line, many, step)), task.steps)
             now = task.observe(stepper, begun)
             after.append(now)
         return np.stack(after, 1).reshape(*actions.shape[:3], -1)

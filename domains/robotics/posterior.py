@@ -49,8 +49,8 @@ from twinsim.base import (
     Variable,
 )
 
-# A 10 cm cube of plastic with a motion-capture rate; what is recorded may differ and is then simulated as it is
-CUBE = Tosses((), 148.0, 0.0524, 0.37, 8.1e-4)
+CUBE = Tosses((), 148.0, 0.0524, 0.37, 8.1e-4)  # of 10 cm, plastic, recorded at a rate of motion capture: the one that is learnt
+ALIKE = 0.1  # how far off it, relatively, the width, mass and inertia of a recorded cube may be
 PRIOR = {"friction": (0.05, 0.6), "time_constant": (0.003, 0.03), "damping_ratio": (0.3, 2.0)}  # uniform in the logarithm
 LONG = {name: tosses.CONTACT[name] for name in PRIOR}
 STEPS = 5  # of the simulator in a frame: half of those of a calibration, enough to tell contacts apart
@@ -157,8 +157,9 @@ def shares(parameters: Array) -> jax.Array:
 def features(pose: np.ndarray, cube: Tosses) -> np.ndarray:
     """What tells contacts apart in a toss `[frame, 7]`, without its place and heading, `[PER_TOSS]`.
 
-    Speeds are in units of sqrt(g w), lengths in widths w, so that cubes of other sizes can be asked too: at each frame of SEEN the distance
-    gone, the speed, the height, the rise and the spin; and of the whole toss how far, how straight, how bouncing and how steady it was.
+    Speeds are in units of sqrt(g w), lengths in widths w: at each frame of SEEN the distance gone, the speed, the height, the rise and the
+    spin; and of the whole toss how far, how straight, how bouncing and how steady it was. A cube of another size is not asked for all that:
+    its frames are other shares of its fall, and the time constant of its contact scales with nothing.
     """
     width, unit = cube.width, np.sqrt(tosses.GRAVITY * cube.width)
     dt = 1 / cube.rate
@@ -195,6 +196,10 @@ def pooled_features(recorded: Tosses, pooled: int, groups: int, where: str) -> n
         raise BadInput(f"{where}: expected at least {pooled} tosses of {FRAMES} frames or more, got {len(long)} of {len(recorded.states)}")
     if abs(recorded.rate / CUBE.rate - 1) > 0.02:
         raise BadInput(f"{where}: expected tosses recorded at {CUBE.rate:g} Hz, as the posterior has learnt them, got {recorded.rate:g} Hz")
+    for name, units in (("width", "m"), ("mass", "kg"), ("inertia", "kg m2")):
+        got, learnt = getattr(recorded, name), getattr(CUBE, name)
+        if abs(got / learnt - 1) > ALIKE:
+            raise BadInput(f"{where}: {name}: expected {learnt:g} {units} to {ALIKE:.0%}, the cube that is learnt, got {got:g} {units}")
     chosen = np.unique(np.linspace(0, count - 1, min(groups, count)).round().astype(int))
     return pool(np.stack([[features(long[k * pooled + n][:FRAMES, :7], recorded) for n in range(pooled)] for k in chosen]))
 
@@ -448,6 +453,7 @@ class Contacts:
         return [
             "The truth is MuJoCo's soft contact of a rigid cube on a rigid plane, with throws and a recorder that are assumed.",
             f"Nothing beyond the prior is ever found: {', '.join(f'{name} {low:g} to {high:g}' for name, (low, high) in PRIOR.items())}.",
+            f"One cube is known, of {CUBE.width:g} m and {CUBE.mass:g} kg.",
             "Groups of tosses are answered each by itself: agreement between them is a check, not more evidence.",
         ]
 

@@ -16,7 +16,7 @@ from domains.robotics import models, worlds
 from domains.robotics.frames import at_most_one, expect_finite, less, mirror, moves, place_channels, places, scalars, stretched, towards
 from domains.robotics.kinematics import HINGE, Chain, chain_of, dexterity
 from domains.robotics.physics import CStepper, compiled
-from domains.robotics.tasks import Channel, Start, file_records
+from domains.robotics.tasks import ALL, Channel, Start, file_records
 from twinsim.base import Array, BadInput, Variable
 
 
@@ -120,7 +120,6 @@ class OwnReach(Reaching):
     spread: Mapping[str, float] | None = None
 
     action: ClassVar[Sequence[Channel]] = moves("xyz")
-    planned: ClassVar[Sequence[Channel]] = place_channels("way")
 
     # ---- what the file says
 
@@ -133,6 +132,11 @@ class OwnReach(Reaching):
         """What the model was read from, as records of inputs."""
         folder = Path(self.model).parent
         return file_records([folder / name for name in self._opened.files], "as the owner of the robot's model has it")
+
+    @cached_property
+    def assets(self) -> Mapping[str, Path]:
+        """Files that the scene names, by where it names them."""
+        return self._opened.assets()
 
     @cached_property
     def _plain(self) -> mujoco.MjModel:
@@ -201,7 +205,7 @@ class OwnReach(Reaching):
 
     @cached_property
     def pace(self) -> float:
-        return self.share * float(np.linalg.norm(self._chained[0].offset[1:], axis=1).sum())
+        return self.share * self._chained[0].length
 
     @property
     def slow(self) -> float:
@@ -221,9 +225,19 @@ class OwnReach(Reaching):
         return (
             *(Channel(*each) for each in bounds),
             *(Channel(f"{name}_speed", f"{unit} s-1", -self.fastest, self.fastest) for name, unit in zip(names, units, strict=True)),
-            *place_channels("tool"),
-            *place_channels("goal"),
+            *self._places("tool"),
+            *self._places("goal"),
         )
+
+    @cached_property
+    def planned(self) -> Sequence[Channel]:
+        return self._places("way")
+
+    def _places(self, name: str) -> Sequence[Channel]:
+        """Of a place as far from the chain's first joint as the tool gets at most."""
+        chain = self._chained[0]
+        far = chain.length + np.abs([chain.lower, chain.upper]).max(0)[chain.sliding].sum()
+        return place_channels(name, (chain.offset[0] - far).tolist(), (chain.offset[0] + far).tolist())
 
     def _named(self, joint: int) -> str:
         name = mujoco.mj_id2name(self._plain, mujoco.mjtObj.mjOBJ_JOINT, joint) or f"joint{joint}"
@@ -245,7 +259,7 @@ class OwnReach(Reaching):
         self._seen(spec)
         spec.worldbody.add_site(name="goal", size=[0.02] * 3, rgba=[0, 0.6, 0.3, 0.6])
         spec.add_sensor(  # of all contacts, the distance of the deepest
-            name="gap of all contacts",
+            name=ALL,
             type=mujoco.mjtSensor.mjSENS_CONTACT,
             intprm=[1 << int(mujoco.mjtConDataField.mjCONDATA_DIST), 1, 1],
         )
@@ -257,9 +271,13 @@ class OwnReach(Reaching):
         names = {model.joint(joint).name for joint in bare}
         if "" in names:
             raise BadInput(f"{self.model}: expected names of all joints that carry {self.tool} and have no position servo")
-        for actuator in list(spec.actuators):
-            if actuator.trntype == mujoco.mjtTrn.mjTRN_JOINT and actuator.target in names:
-                spec.delete(actuator)
+        gone = [each for each in spec.actuators if each.trntype == mujoco.mjtTrn.mjTRN_JOINT and each.target in names]
+        called = {each.name for each in gone}
+        for sensor in list(spec.sensors):
+            if sensor.objtype == mujoco.mjtObj.mjOBJ_ACTUATOR and sensor.objname in called:
+                spec.delete(sensor)
+        for actuator in gone:
+            spec.delete(actuator)
         for joint, inertia in zip(bare, self._inertia[self._bare], strict=True):
             name = model.joint(joint).name
             motor = spec.add_actuator(name=f"servo of {name}", target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
@@ -273,7 +291,7 @@ class OwnReach(Reaching):
     def _seen(self, spec: mujoco.MjSpec) -> None:
         """Adds a camera that has the arm in view, and a light, where the model has no camera, as URDF has not."""
         if not self._plain.ncam:
-            middle, far = self._chained[0].follow(self._chained[0].rest[None])[2][0].mean(0), self.pace / self.share
+            middle, far = self._chained[0].follow(self._chained[0].rest[None])[2][0].mean(0), self._chained[0].length
             spec.worldbody.add_camera(name="side", pos=middle + far * np.array([1.0, -1.2, 0.6]), xyaxes=[0.77, 0.64, 0, -0.23, 0.28, 0.93])
             spec.worldbody.add_light(pos=middle + far * np.array([0.0, 0.0, 2.0]))
 

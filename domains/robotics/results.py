@@ -2,6 +2,7 @@
 
 import io
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import xarray as xr
 
 from domains.robotics import lerobot, mcap, minari, robomimic, sheet, worlds
 from domains.robotics.episodes import layout_of
-from domains.robotics.tasks import environment_id, inputs
+from domains.robotics.tasks import Task, environment_id, inputs
 from twinsim import files
 from twinsim.base import BadInput, Question, Section
 
@@ -35,12 +36,11 @@ def limits(domain: "Motions") -> Sequence[str]:
 
 def summary(domain: "Motions", question: Question, dataset: xr.Dataset) -> str:
     """The answer in a sentence or two."""
-    success, length = dataset["success"].values > 0, dataset["length"].values
-    count = int(success.sum())
-    seconds = length[success] / domain.task.rate if count else np.array([np.nan])
+    held, length = domain.holds(_samples(dataset)), dataset["length"].values
+    seconds = length[held] / domain.task.rate if held.any() else np.array([np.nan])
     return (
-        f"{count} of {success.size} episodes of “{domain.task.sentence}” reach their goal and hold it when they are played again,"
-        f" in {np.nanmedian(seconds):.1f} s at the median ({int(length[success].sum())} frames of training data)."
+        f"{held.sum()} of {held.size} episodes of “{domain.task.sentence}” reach their goal and keep every rule when they are played again,"
+        f" in {np.nanmedian(seconds):.1f} s at the median ({int(length[held].sum())} frames of training data)."
     )
 
 
@@ -54,8 +54,9 @@ def sections(
     changed = [
         (name, float(dataset[f"world_{name}"].values.flat[0])) for name in worlds.NAMES if np.ptp(dataset[f"world_{name}"].values) == 0
     ]
+    own = worlds.named(domain.scene.world())
     for name, value in changed:
-        if value != np.float32(worlds.NOMINAL[name]):
+        if value != own[name]:
             parameter = worlds.PARAMETERS[name]
             rows.append([parameter.long_name, f"{value:g} {parameter.units if parameter.units != '1' else ''}".strip()])
     text = [asked.asks, f"To expect: {asked.expect.strip()}"]
@@ -69,7 +70,7 @@ def sections(
     ]
     pictures = {
         f"Paths of {min(DRAWN, size)} episodes seen from above: blue reach the goal, orange do not": _paths(domain, dataset),
-        f"A film of {min(FILMED, max(int(dataset['success'].values.sum()), 1))} of them": _film(domain, dataset),
+        f"A film of {len(_shown(domain, dataset))} of them": _film(domain, dataset),
         "Where the episodes start, and how long they take": _starts(domain, dataset, start),
     }
     return [asked_for, Section("Episodes", told, {"Why episodes were rejected": reasons}, pictures)]
@@ -82,13 +83,12 @@ def verified(rules: Mapping[str, Any]) -> np.ndarray:
 
 def write(domain: "Motions", asked: Any, question: Question, dataset: xr.Dataset, folder: Path) -> None:
     """The formats that were asked for, of the episodes that hold, and a film of some of them. Raises BadInput where none holds."""
-    samples = {name: values.values for name, values in dataset.data_vars.items()}
-    episodes = domain.episodes({str(name): values for name, values in samples.items()}, question.condition, asked.seed)
     formats = set(asked.formats) - {"netcdf"}
+    episodes = domain.episodes(_samples(dataset), question.condition, asked.seed, states="robomimic" in formats)
     told = layout_of(domain.task, "twinsim", asked.seed, domain.licence)
     if formats & {"lerobot", "robomimic", "minari", "mcap"} and not episodes:
         raise BadInput(f"scenario {asked.title!r}: expected episodes that hold, to write as {', '.join(sorted(formats))}, none does")
-    scene = domain.task.spec().to_xml()
+    scene = write_scene(domain.task, folder)
     environment = "" if inputs(domain.task) else environment_id(type(domain.task))  # one whose files are elsewhere cannot be made again
     if "lerobot" in formats:
         lerobot.write(folder / "lerobot", told, episodes)
@@ -99,14 +99,27 @@ def write(domain: "Motions", asked: Any, question: Question, dataset: xr.Dataset
         minari.write(folder / "minari", told, episodes, name=name, environment=environment)
     if "mcap" in formats:
         mcap.write(folder / "episodes.mcap", told, episodes)
-    files.write_text(folder / "scene.xml", scene)
-    films = [filmed(domain, row) for row in _shown(dataset)]
+    films = [filmed(domain, row) for row in _shown(domain, dataset)]
     sheet.write(folder / "contact_sheet.mp4", folder / "contact_sheet.png", films, fps=pace(domain))
 
 
-def _shown(dataset: xr.Dataset) -> list[xr.Dataset]:
-    """A few episodes that succeed, from starts all over the region."""
-    good = np.argwhere(dataset["success"].values > 0)
+def write_scene(task: Task, folder: Path) -> str:
+    """Writes `scene.xml`, and beside it the meshes and textures that it names; gives its text."""
+    scene: str = task.spec().to_xml()
+    files.write_text(folder / "scene.xml", scene)
+    for name, path in getattr(task, "assets", {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+    return scene
+
+
+def _samples(dataset: xr.Dataset) -> dict[str, np.ndarray]:
+    return {str(name): values.values for name, values in dataset.data_vars.items()}
+
+
+def _shown(domain: "Motions", dataset: xr.Dataset) -> list[xr.Dataset]:
+    """A few episodes that hold, from starts all over the region; the first where none does."""
+    good = np.argwhere(domain.holds(_samples(dataset)))
     chosen = good[np.linspace(0, len(good) - 1, min(FILMED, len(good))).round().astype(int)] if len(good) else np.zeros((1, 2), int)
     return [dataset.isel(member=int(member), episode=int(episode)) for member, episode in chosen]
 
@@ -122,9 +135,9 @@ def filmed(domain: "Motions", episode: xr.Dataset) -> np.ndarray:
     start = {name: np.asarray(episode[f"start_{name}"].values, np.float64)[None] for name in domain.task.start}
     world = np.array([[float(episode[f"world_{name}"].values) for name in worlds.NAMES]], np.float32)
     action = np.stack([episode[each.name].values for each in domain.task.action], -1)[None, :length]
-    positions = domain.scene.positions(start, world, action)[0, :: round(domain.task.rate / pace(domain))]
+    states = domain.scene.states(start, world, action)[0, :: round(domain.task.rate / pace(domain))]
     model = domain.scene.marked({name: float(value[0]) for name, value in start.items()})
-    return sheet.pictures(model, positions, size=SIZE, light=float(worlds.of(world, "light")[0]))
+    return sheet.pictures(model, states[:, : model.nq], size=SIZE, light=float(worlds.of(world, "light")[0]))
 
 
 def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
@@ -164,7 +177,7 @@ def _film(domain: "Motions", dataset: xr.Dataset) -> bytes:
     """An animated PNG of a few episodes side by side, which stand still when they have ended; on paper, its first picture."""
     from PIL import Image
 
-    films = [filmed(domain, row)[::2] for row in _shown(dataset)]
+    films = [filmed(domain, row)[::2] for row in _shown(domain, dataset)]
     longest = max(map(len, films))
     columns = math.ceil(math.sqrt(len(films)))
     films += [np.full_like(films[0], 255)] * (-len(films) % columns)

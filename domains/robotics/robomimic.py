@@ -21,7 +21,7 @@ def write(path: Path, layout: Layout, episodes: Sequence[Episode], *, model: str
     """One file, whole or not at all. Raises BadInput.
 
     Observations are `obs/state`, pictures `obs/CAMERA_image`; the reward is 1 where success is reached, which ends an episode.
-    Every tenth episode is in `mask/valid`, the others in `mask/train`.
+    Every tenth episode, of fewer the last, is in `mask/valid`, the others in `mask/train`.
 
     Args:
       model: MJCF of the scene, as text.
@@ -43,7 +43,8 @@ def write(path: Path, layout: Layout, episodes: Sequence[Episode], *, model: str
         data.attrs["twinsim"] = json.dumps(layout.describe())
         for name, episode in zip(names, episodes, strict=True):
             _add(data.create_group(name), episode, model, f"{camera}_image")
-        valid = np.arange(len(names)) % EVERY == EVERY - 1
+        every = min(EVERY, max(len(names), 2))
+        valid = np.arange(len(names)) % every == every - 1
         for mask, chosen in (("train", ~valid), ("valid", valid)):
             file[f"mask/{mask}"] = np.array(names, "S")[chosen]
 

@@ -24,6 +24,8 @@ Policy = Callable[[int, np.ndarray], np.ndarray]  # control step, observations `
 Start = Mapping[str, np.ndarray]  # name -> `[count]`
 SOFT, ROUNDING = 1e-3, 0.02  # m that a contact gives way and comes back; of the work, what an integrator of first order is off
 SMALL = 8  # degrees of freedom up to which copies step faster than threads meet
+GAPS = (int(mujoco.mjtSensor.mjSENS_GEOMDIST), int(mujoco.mjtSensor.mjSENS_CONTACT))  # kinds of sensors that tell a distance
+ALL = "gap of all contacts"
 LATEST = int(worlds.PARAMETERS["latency"].upper)  # control steps that a command may be under way
 
 
@@ -65,7 +67,7 @@ class Task(Protocol):
     # ---- the host's part: `count` episodes at once
 
     def spec(self) -> mujoco.MjSpec:
-        """The scene. Sensors of kind GEOMDIST whose names begin with "gap" tell how deep bodies are in each other."""
+        """The scene. Sensors of GAPS whose names begin with "gap " tell how deep bodies are in each other, or the one called ALL alone."""
         ...
 
     def draw(self, noise: np.random.Generator, count: int, region: str) -> dict[str, np.ndarray]:
@@ -164,18 +166,21 @@ class Played:
 
     Attributes:
       observation: `[count, frame, channel]`, before each action, as it was; `last`: after the last, `[count, channel]`.
-      seen: as the sensors told it to the policy, `[count, frame, channel]`.
+      seen, last_seen: the same as the sensors told it to the policy.
       action: `[count, frame, channel]`.
       depth: how deep bodies were in each other, m, `[count, frame]`.
       gain: energy gained during each control step beyond the work of the actuators, J, `[count, frame]`.
+      work: of the actuators during each control step, braking counted as driving, J, `[count, frame]`.
     """
 
     observation: np.ndarray
     last: np.ndarray
     seen: np.ndarray
+    last_seen: np.ndarray
     action: np.ndarray
     depth: np.ndarray
     gain: np.ndarray
+    work: np.ndarray
 
     @property
     def after(self) -> np.ndarray:
@@ -194,14 +199,15 @@ class Scene:
         spec = task.spec()
         spec.option.enableflags |= int(mujoco.mjtEnableBit.mjENBL_ENERGY)
         self.model = compiled(spec)
-        gaps = [
-            self.model.sensor_adr[index]
-            for index in range(self.model.nsensor)
-            if (mujoco.mj_id2name(self.model, mujoco.mjtObj.mjOBJ_SENSOR, index) or "").startswith("gap")
-        ]
-        self._gaps = np.array(gaps, int)
+        sensors = [self.model.sensor(index) for index in range(self.model.nsensor)]
+        gaps = [each for each in sensors if each.name.startswith("gap ") and each.type[0] in GAPS]
+        self._gaps = np.array([each.adr[0] for each in gaps if each.name == ALL] or [each.adr[0] for each in gaps], int)
         self._last: tuple[bytes, CStepper] | None = None  # of many calls in a row for the same worlds
         self.turn = threading.RLock()  # each device calls from a thread of its own, and copies are stepped by one at a time
+
+    def world(self, values: Mapping[str, float] | None = None) -> np.ndarray:
+        """The vector of a world, `[parameter]`: as the scene is, its own gravity included, but for `values`. Raises BadInput."""
+        return worlds.world({"gravity": float(np.linalg.norm(self.model.opt.gravity)), **(values or {})})
 
     def stepper(self, world: np.ndarray) -> CStepper:
         """Copies in worlds `[count, parameter]`, the same ones as long as these are asked for."""
@@ -241,27 +247,28 @@ class Scene:
             task, stepper = self.task, self.stepper(world)
             stepper.state = state
             count = stepper.count
-            late = np.round(worlds.of(world, "latency")).astype(int)
             sensors = worlds.Sensors(np.arange(count)) if sensors is None else sensors
             observed = np.zeros((count, frames + 1, len(task.observation)), np.float32)
-            told = np.zeros((count, frames, len(task.observation)), np.float32)
+            told = np.zeros_like(observed)
             line = np.concatenate([sent, np.zeros((count, frames, len(task.action)), np.float32)], 1).astype(np.float32)
-            depth, gain = np.zeros((count, frames), np.float32), np.zeros((count, frames), np.float32)
+            depth, gain, work = np.zeros((3, count, frames), np.float32)
             energy = stepper.read("energy").sum(1)
-            for frame in range(frames):
+            for frame in range(frames + 1):
                 seen = task.observe(stepper, start)
                 observed[:, frame] = seen
-                depth[:, frame] = self._depth(stepper)
                 sensors = sensors.tell(seen, world, task.observation, task.rate)
                 assert sensors.told is not None
                 told[:, frame] = sensors.told
+                if frame == frames:
+                    break
+                depth[:, frame] = self._depth(stepper)
                 line[:, LATEST + frame] = policy(frame, sensors.told)
-                due = line[np.arange(count), LATEST + frame - late].astype(np.float64)
-                net, gross = stepper.work(task.control(seen, due), task.steps)
+                net, gross = stepper.work(task.control(seen, due(line, world, frame)), task.steps)
                 before, energy = energy, stepper.read("energy").sum(1)
                 gain[:, frame] = np.maximum(energy - before - net - SOFT * task.load / 2 - ROUNDING * gross, 0.0)
-            observed[:, frames] = task.observe(stepper, start)
-            played = Played(observed[:, :frames], observed[:, frames], told, line[:, LATEST:], depth, gain)
+                work[:, frame] = gross
+            both = observed[:, :frames], observed[:, frames], told[:, :frames], told[:, frames]
+            played = Played(*both, line[:, LATEST:], depth, gain, work)
             return stepper.state, line[:, frames:], played
 
     def _depth(self, stepper: CStepper) -> np.ndarray:
@@ -286,17 +293,23 @@ class Scene:
         model.site("goal").sameframe = 0  # it need not stand where its body does, as the compiler may have found
         return model
 
-    def positions(self, start: Start, world: np.ndarray, action: np.ndarray) -> np.ndarray:
-        """Generalised positions before each of given actions `[count, frame, channel]`, `[count, frame, nq]`."""
+    def states(self, start: Start, world: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """Generalised positions and velocities before each of given actions `[count, frame, channel]`, `[count, frame, nq + nv]`."""
         found: list[np.ndarray] = []
-        stepper = self.stepper(world)
 
         def policy(frame: int, _: np.ndarray) -> np.ndarray:
-            found.append(stepper.position)
+            stepper = self.stepper(world)
+            found.append(np.concatenate([stepper.position, stepper.velocity], 1))
             return action[:, frame]
 
         self.play(start, world, policy, action.shape[1])
         return np.stack(found, 1)
+
+
+def due(line: np.ndarray, world: np.ndarray, frame: int) -> np.ndarray:
+    """What slow lines carry out at a frame, `[count, channel]`, of actions sent, `[count, LATEST + frames, channel]`."""
+    late = np.round(worlds.of(world, "latency")).astype(int)
+    return line[np.arange(len(line)), LATEST + frame - late].astype(np.float64)
 
 
 def reached(task: Task, after: Array) -> tuple[np.ndarray, np.ndarray]:

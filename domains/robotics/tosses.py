@@ -12,7 +12,6 @@ position in % of the cube's width and of the orientation as an angle.
 import io
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import NamedTuple
 import mujoco
 import numpy as np
 
-from domains.robotics import cmaes
+from domains.robotics import archives, cmaes
 from twinsim.base import BadInput
 
 GRAVITY = 9.81  # m/s2
 STEPS = 10  # of the simulator in a frame
-MAX_BYTES = 200_000_000
+
 UNIT = 0.02  # a quaternion's length may differ from 1 by so much
 FASTEST = 100.0  # rad/s, 16 turns a second: beyond, an angular velocity is in degrees
 LEAST_FRAMES = 3
@@ -111,23 +110,8 @@ class Errors(NamedTuple):
 def read(path: str | os.PathLike) -> Tosses:
     """Tosses of an .npz with `state` `[frame, 13]` of all tosses one after the other, `length` `[toss]`, and the numbers `rate_hz`,
     `half_width_m`, `mass_kg`, `inertia_kgm2` and, if known, `mu_paper`. Raises BadInput."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: expected an .npz of tosses, found {'a folder' if path.is_dir() else 'nothing'}")
-    if path.stat().st_size > MAX_BYTES:
-        raise BadInput(f"{path}: expected at most {MAX_BYTES / 1e6:g} MB, got {path.stat().st_size / 1e6:.0f} MB")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(each.file_size for each in archive.infolist())
-        if unpacked > MAX_BYTES:
-            raise BadInput(f"{path}: expected at most {MAX_BYTES / 1e6:g} MB unpacked, got {unpacked / 1e6:.0f} MB")
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:
-            arrays = {name: np.asarray(kept[name]) for name in kept.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: expected an .npz of plain arrays, could not read it: {error}") from None
-    needed = ("state", "length", "rate_hz", "half_width_m", "mass_kg", "inertia_kgm2")
-    if absent := [name for name in needed if name not in arrays]:
-        raise BadInput(f"{path}: expected the arrays {', '.join(needed)}, {absent[0]} is missing")
+    path, needed = Path(path), ("state", "length", "rate_hz", "half_width_m", "mass_kg", "inertia_kgm2")
+    arrays = archives.read(path, "an .npz of tosses", needed)
     numbers = {name: _number(path, name, arrays[name]) for name in needed[2:]}
     published = _number(path, "mu_paper", arrays["mu_paper"]) if "mu_paper" in arrays else float("nan")
     states = _cut(path, arrays["state"], arrays["length"])

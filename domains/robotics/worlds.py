@@ -78,16 +78,17 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def draw(noise: np.random.Generator, count: int, ranges: Mapping[str, Sequence[float | str]]) -> np.ndarray:
+def draw(noise: np.random.Generator, count: int, ranges: Mapping[str, Sequence[float | str]], own: np.ndarray | None = None) -> np.ndarray:
     """Random worlds, `[count, parameter]`: parameters uniform between two values, or [low, high, "log"] uniform in their logarithm.
 
-    Raises BadInput.
+    Others are as in the world `own`, by default `world()`. Raises BadInput.
     """
-    drawn = np.repeat(world()[None], count, 0)
+    drawn = np.repeat((world() if own is None else own)[None], count, 0)
     for name, given in ranges.items():
-        numbers = [value for value in given[:2] if isinstance(value, int | float)] if not isinstance(given, str) else []
-        scale = given[2] if len(given) == 3 else "uniform"
-        if len(given) not in (2, 3) or len(numbers) != 2 or scale not in ("uniform", "log"):
+        parts = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
+        numbers = [value for value in parts[:2] if isinstance(value, int | float)]
+        scale = parts[2] if len(parts) == 3 else "uniform"
+        if len(parts) not in (2, 3) or len(numbers) != 2 or scale not in ("uniform", "log"):
             raise BadInput(f"world: {name}: expected [low, high] or [low, high, log], got {given}")
         low, high = numbers
         world({name: low}), world({name: high})
@@ -99,7 +100,7 @@ def draw(noise: np.random.Generator, count: int, ranges: Mapping[str, Sequence[f
 
 
 def world(values: Mapping[str, float] | None = None) -> np.ndarray:
-    """The vector of a world, `[parameter]`: the scene's own but for `values`. Raises BadInput."""
+    """The vector of a world, `[parameter]`: on Earth, and the scene's own, but for `values`; see `tasks.Scene.world`. Raises BadInput."""
     given = dict(values or {})
     for name, value in given.items():
         if name not in PARAMETERS:
