@@ -74,6 +74,17 @@ def test_what_is_known_of_a_region_does_not_depend_on_its_trips_or_on_the_order_
     np.testing.assert_allclose(turned.ways, seen.ways[at], rtol=1e-4, atol=1e-4)
 
 
+def test_radiation_leaves_out_the_people_of_both_ends():
+    # three zones in a row, 1 km and 2 km apart; Simini et al. (2012), eq. 2, by hand; everywhere one is added to the people
+    people = np.array([99.0, 199.0, 299.0])
+    place = np.array([0.0, 1000.0, 3000.0])
+    region = regions.Region("t", people, np.zeros((3, 4)), np.abs(place[:, None] - place))
+    found = regions.known(region).ways[..., 7]
+    assert found[0, 1] == pytest.approx(np.log(100 * 200 / (100 * 300)), abs=1e-4)  # nobody in between
+    assert found[0, 2] == pytest.approx(np.log(100 * 300 / ((100 + 200) * (100 + 300 + 200))), abs=1e-4)
+    assert found[1, 2] == pytest.approx(np.log(200 * 300 / ((200 + 100) * (200 + 300 + 100))), abs=1e-4)
+
+
 def test_decode_inverts_what_is_encoded_about_the_same_prediction(twin, decode):
     """Whole trips come back exactly where the prediction is that of the fit on all; ranks beyond the table are cut off."""
     domain, statistics = twin

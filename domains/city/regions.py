@@ -195,7 +195,8 @@ def known(region: Region) -> Known:
     between = np.empty((zones, zones))
     np.put_along_axis(between, order, np.cumsum(sorted_people, axis=1) - sorted_people, axis=1)
     own, theirs = people[:, None], people[None]
-    radiation = np.log(own * theirs / ((own + between) * (own + theirs + between)))  # Simini et al. (2012), eq. 2
+    apart = between - own * (np.diag(rank)[:, None] < rank)  # without those of either end: Simini et al. (2012), eq. 2
+    radiation = np.log(own * theirs / ((own + apart) * (own + theirs + apart)))
     lnkm, total = np.log(km), np.log(people.sum())
     ways = [lnkm, km / 30, same, rank, rank.T, np.log1p(between) - total, np.log1p(between.T) - total, radiation, radiation.T]
     ways.append(lnkm - lnkm.mean(1, keepdims=True))
