@@ -136,6 +136,7 @@ def test_times_as_slurm_reads_them(text, seconds):
     assert plan._seconds(text) == seconds
 
 
+@pytest.mark.slow
 def test_precision_and_rematerialisation_reach_the_parts_that_take_them():
     node = {
         "_target_": "generators.diffusion.Diffusion",

@@ -40,6 +40,7 @@ def test_a_front_is_what_none_beats_and_does_not_fail_more() -> None:
     assert design._front([d, c, e, b, a], 1.0) == [a, b]
 
 
+@pytest.mark.slow
 def test_a_search_finds_an_arm_that_does_better(tmp_path: Path) -> None:
     """With quicker joints alone, by starts it did not see."""
     found = design.optimise(TASK, worlds.world(), vary=["lag", "gear"], starts=2, weights=[1.0], generations=1, population=4)

@@ -113,6 +113,7 @@ def test_the_exam_asks_each_day_once(fitted):
     np.testing.assert_array_equal(domain.as_days(truth)["tas"], domain.dataset["tas"].sel(time=dates).values)
 
 
+@pytest.mark.slow
 def test_drawn_days_follow_one_another_as_the_truth_does(fitted):
     domain, statistics = fitted
     question, truth, generated = drawn(domain, statistics)
