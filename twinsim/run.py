@@ -589,7 +589,7 @@ def _answer(
         sections = [*sections, report.scorecard(judged.scores), *behind, _check_section(rules, judged)]
         highlights = {"members": str(question.members)}
         if checks:
-            highlights["rules kept"] = f"by {min(map(_keepers, rules.values()))} of {next(iter(rules.values())).size} draws"
+            highlights["rules kept"] = f"{min(map(_keepers, rules.values()))} of {next(iter(rules.values())).size} draws"
         report.write(
             folder / "report.html",
             wanted.title,
