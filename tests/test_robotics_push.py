@@ -167,25 +167,27 @@ def twin():
     return Motions("robotics/push", SHORT, demonstrations.scripted(TASK, 3, seed=0), window=6, stride=3)
 
 
+def leftwards(condition, key):
+    """A proposal that always lies 2 cm to the left of the tip."""
+    tip = condition["observation"][4:6]
+    return {"way_x": jnp.full(6, tip[0] - 0.02), "way_y": jnp.full(6, tip[1])}
+
+
 def test_unrolled_episode_does_what_is_proposed(twin):
     """A proposal that always lies 2 cm to the left of the tip is carried out frame by frame, and comes out the same when played again."""
     start = TASK.draw(np.random.default_rng(5), 3, "wide")
     question = twin.question(start, nominal(3), 1, "three")
 
-    def propose(condition, key):
-        tip = condition["observation"][4:6]
-        return {"way_x": jnp.full(6, tip[0] - 0.02), "way_y": jnp.full(6, tip[1])}
-
     condition = {name: jnp.asarray(values) for name, values in question.condition.items()}
     keys = jax.random.split(jax.random.key(0), 3)
-    outcome = jax.jit(jax.vmap(lambda c, k: twin.unroll(propose, c, k)))(condition, keys)
+    outcome = jax.jit(jax.vmap(lambda c, k: twin.unroll(leftwards, c, k)))(condition, keys)
     assert float(outcome["replay_error"].max()) == 0 and not outcome["success"].any()
     assert outcome["tip_x"].shape == (3, 24)
     step = (np.asarray(outcome["tip_x"])[:, 1:] - np.asarray(outcome["tip_x"])[:, :-1])[:, 1:]
     assert (step < 0).all()
     first = np.asarray(outcome["move_x"])[:, ::3]
     np.testing.assert_allclose(first, -0.02 / push.REACH, atol=1e-3)
-    alone = jax.jit(lambda c, k: twin.unroll(propose, c, k))({name: value[1] for name, value in condition.items()}, keys[1])
+    alone = jax.jit(lambda c, k: twin.unroll(leftwards, c, k))({name: value[1] for name, value in condition.items()}, keys[1])
     assert all(np.array_equal(alone[name], outcome[name][1]) for name in outcome)
 
 
@@ -197,15 +199,11 @@ def test_what_is_told_of_an_episode_is_what_the_policy_saw_whatever_ends_before_
         start[f"goal_{axis}"][0] = start[f"puck_{axis}"][0] = 0.2
     question = noisy.question(start, nominal(2, noise=3.0, dropout=0.1, flips=0.01), 1, "two")
 
-    def propose(condition, key):
-        tip = condition["observation"][4:6]
-        return {"way_x": jnp.full(6, tip[0] - 0.02), "way_y": jnp.full(6, tip[1])}
-
     condition = {name: jnp.asarray(values) for name, values in question.condition.items()}
     keys = jax.random.split(jax.random.key(0), 2)
-    together = jax.jit(jax.vmap(lambda c, k: noisy.unroll(propose, c, k)))(condition, keys)
+    together = jax.jit(jax.vmap(lambda c, k: noisy.unroll(leftwards, c, k)))(condition, keys)
     assert together["success"].tolist() == [1, 0] and together["length"].tolist() == [6, 24]
-    alone = jax.jit(lambda c, k: noisy.unroll(propose, c, k))
+    alone = jax.jit(lambda c, k: noisy.unroll(leftwards, c, k))
     for row in range(2):
         single = alone({name: values[row] for name, values in condition.items()}, keys[row])
         assert all(np.array_equal(single[name], together[name][row]) for name in single)

@@ -135,10 +135,11 @@ def _dispatch(verb: str, words: list[str]) -> int:
     sweep = [word for word in words if word in ("-m", "--multirun")]
     words = [word for word in words if word not in sweep]
     show = "--cfg" in words
-    overrides = _overrides([word for word in words if word != "--cfg"])
+    words = [word for word in words if word != "--cfg"]
+    overrides = _overrides(words)
     if sweep:
         return _sweep(verb, overrides, show)
-    return _one(verb, _compose(overrides), show, [word for word in words if word != "--cfg"])
+    return _one(verb, _compose(overrides), show, words)
 
 
 # ---------------------------------------------------------------- verbs
@@ -146,7 +147,6 @@ def _dispatch(verb: str, words: list[str]) -> int:
 
 def _one(verb: str, composed: Any, show: bool, words: Sequence[str]) -> int:
     """Runs a verb on the configuration that was composed of `words`."""
-
     from twinsim import mesh, run, scale
 
     config = run.resolve(composed)

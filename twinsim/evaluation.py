@@ -32,10 +32,12 @@ class Evaluation:
     Attributes:
       scores: `MODEL` first, then each baseline.
       examples: the same names and "truth" -> samples `[member, item, ...]` (truth `[item, ...]`).
+      model: fingerprint of what was judged, "" where it is not told.
     """
 
     scores: Mapping[str, Scores]
     examples: Mapping[str, Mapping[str, np.ndarray]]
+    model: str = ""
 
 
 def judge(
@@ -115,21 +117,26 @@ def write(folder: Path, evaluation: Evaluation, facts: Mapping[str, Any]) -> Non
 
 def read(folder: Path) -> Evaluation:
     """What `write` left. Raises BadInput where it is damaged."""
-    table = read_scores(folder / DONE)
+    table, model = _stored(folder / DONE)
     curves, examples = (_arrays(folder / f"{name}.npz") for name in ("curves", "examples"))
-    return Evaluation({name: Scores(table[name], curves.get(name, {})) for name in table}, examples)
+    return Evaluation({name: Scores(table[name], curves.get(name, {})) for name in table}, examples, model)
 
 
 def read_scores(path: Path) -> dict[str, dict[str, Score]]:
     """The scores in a `metrics.json`: of `MODEL`, then of each baseline. Raises BadInput where it is damaged."""
+    return _stored(path)[0]
+
+
+def _stored(path: Path) -> tuple[dict[str, dict[str, Score]], str]:
+    """The scores in a `metrics.json`, and the fingerprint of the model that earned them."""
     try:
-        scores = json.loads(path.read_text())["scores"]
-        table = {name: {key: _score(score) for key, score in each.items()} for name, each in scores.items()}
+        told = json.loads(path.read_text())
+        table = {name: {key: _score(score) for key, score in each.items()} for name, each in told["scores"].items()}
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: expected the scores of an evaluation, it is damaged ({type(error).__name__})") from error
     if MODEL not in table:
         raise BadInput(f"{path}: expected the scores of {MODEL}, got those of {', '.join(table) or 'nobody'}")
-    return table
+    return table, str(told.get("model", ""))
 
 
 def _arrays(path: Path) -> dict[str, dict[str, np.ndarray]]:

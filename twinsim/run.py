@@ -428,7 +428,7 @@ def _judged_before(where: Places, model: str | None, report: Callable[[str], Non
     except BadInput as damaged:
         report(f"{damaged}; judging again")
         return None
-    if model is not None and model != json.loads((folder / DONE).read_text())["model"]:
+    if model is not None and model != judged.model:
         report(f"{folder}: the model has been trained anew since; judging again")
         return None
     return judged

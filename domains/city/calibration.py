@@ -261,8 +261,6 @@ def calibrate_files(
         known = ", ".join(each.name for each in dataclasses.fields(Spread))
         raise BadInput(f"spread: expected some of {known}, got {unknown[0]}")
     roads = with_zones(read_network(network), zones)
-    if not (np.isfinite(junction_delay) and junction_delay >= 0):
-        raise BadInput(f"junction_delay: expected 0 s or more, got {junction_delay}")
     counted, driven = read_counts(counts, roads, hour), place.stopped(roads, place.junction_delay(roads, junction_delay))
     matrix = guessed_trips(driven) if prior == "gravity" else read_trips(prior, roads)
     found = calibrate(driven, matrix, counted, spread=Spread(**(spread or {})), tolerance=tolerance, folds=folds, progress=progress)

@@ -4,7 +4,6 @@ The simulated record is no real city's. It is drawn from a process with what suc
 week, districts whose attraction wanders from day to day, market days, rain that moves people into cars, and counts.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from domains.city import demand
-from domains.city.place import Place
+from domains.city.place import Place, input_of
 from twinsim.base import BadInput
 
 
@@ -126,13 +125,12 @@ def recorded(place: Place, path: str, licence: str = "not stated") -> xr.Dataset
     rain = record["rain"].values.astype(float) if "rain" in record else np.zeros(len(trips))
     if rain.shape != (len(trips),) or not (np.isfinite(rain) & (rain >= 0)).all():
         raise BadInput(f"{path}: expected rain (time) of 0 mm or more")
-    digest = {"name": file.name, "place": str(file), "licence": licence, "size": file.stat().st_size}
     within = float(np.einsum("dpzz->", trips.astype(float)))
     source = f"recorded in {file.name}" + (
         f", without the {within:,.0f} of {trips.sum(dtype=float):,.0f} trips within zones" if within else ""
     )
     made = _record(_without_diagonal(trips), rain, record["time"].values.astype("datetime64[D]"), place, source, licence)
-    return made.assign_attrs(inputs=[{**digest, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}])
+    return made.assign_attrs(inputs=[input_of(file, licence)])
 
 
 def _order(path: str, name: str, found: np.ndarray, place: Place) -> list[int]:

@@ -384,8 +384,6 @@ def optimise_files(
         raise BadInput(f"value_of_time: expected euro/h above 0, got {value_of_time}")
     if rounds < 1:
         raise BadInput(f"rounds: expected 1 or more, got {rounds}")
-    if not (np.isfinite(junction_delay) and junction_delay >= 0):
-        raise BadInput(f"junction_delay: expected 0 s or more, got {junction_delay}")
     wanted = {name: float(weight) for name, weight in ({"time": 1.0} if aim is None else aim).items()}
     city, trips = _city(network, demand, dict(made_up or {}), zones, population, bool(wanted.get("NO2")))
     city = replace(city, delay=place.junction_delay(city.network, junction_delay))

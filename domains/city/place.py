@@ -116,7 +116,12 @@ def synthetic(seed: int = 0, spacing: float = 330.0, **sizes: float) -> Place:
 
 
 def junction_delay(network: Network, seconds: float = JUNCTION_DELAY) -> np.ndarray:
-    """What the junction at the end of each link costs, s, `[link]`: nothing on free-flowing roads and where no other road comes in."""
+    """What the junction at the end of each link costs, s, `[link]`: nothing on free-flowing roads and where no other road comes in.
+
+    Raises BadInput.
+    """
+    if not (np.isfinite(seconds) and seconds >= 0):
+        raise BadInput(f"junction_delay: expected 0 s or more, got {seconds}")
     roads = network.kind != CONNECTOR
     neighbours: list[set[int]] = [set() for _ in range(network.nodes)]
     for start, end in zip(network.start[roads], network.end[roads], strict=True):
@@ -148,7 +153,7 @@ def read(
     place = Path(path)
     read_from = [file for name in gmns.TABLES if (file := place / name).is_file()] if place.is_dir() else [place]
     read_from += [Path(options["nodes"])] if "nodes" in options else []
-    return replace(of(network, spacing, population), licence=licence, inputs=[_input(file, licence) for file in read_from])
+    return replace(of(network, spacing, population), licence=licence, inputs=[input_of(file, licence) for file in read_from])
 
 
 def of(network: Network, spacing: float = 330.0, population: float | None = None) -> Place:
@@ -178,7 +183,8 @@ def zone_names(network: Network) -> tuple[str, ...]:
     return tuple(f"Zone {name}" for name in network.node_id[network.zone])
 
 
-def _input(file: Path, licence: str) -> dict[str, Any]:
+def input_of(file: Path, licence: str) -> dict[str, Any]:
+    """Of a file that was read, what the record of a run says of it."""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return {"name": file.name, "place": str(file), "licence": licence, "sha256": digest, "size": file.stat().st_size}
 

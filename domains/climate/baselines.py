@@ -55,7 +55,8 @@ class Warming:
 
     def departure(self, condition: Condition) -> np.ndarray:
         """How far the forcing of samples is from none, `[n]`."""
-        return np.asarray(condition[self.forcing]) - self.reference  # type: ignore[index]
+        assert self.forcing
+        return np.asarray(condition[self.forcing]) - self.reference
 
     def __call__(self, name: str, condition: Condition, rows: np.ndarray | slice = slice(None)) -> np.ndarray | np.float32:
         """Change of a variable's mean against no forcing, `[n, y, x]` or broadcastable to it."""

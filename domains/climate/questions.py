@@ -342,20 +342,22 @@ def _observed(domain: "Climate", observe: Observe) -> tuple[Callable[[Sample], A
     if observe.variable not in domain.quantities:
         raise BadInput(f"observe: variable {observe.variable!r}: expected one of {', '.join(domain.quantities)}")
     latitude, longitude = positions(domain)
-    east = np.deg2rad(longitude - observe.lon)
-    here, there = np.deg2rad(observe.lat), np.deg2rad(latitude)
-    closeness = np.sin(here) * np.sin(there) + np.cos(here) * np.cos(there) * np.cos(east)
+    closeness = _closeness(observe.lat, observe.lon, latitude, longitude)
     y, x = map(int, np.unravel_index(np.argmax(closeness), closeness.shape))
     near = (slice(max(y - 1, 0), y + 2), slice(max(x - 1, 0), x + 2))
-    beside = np.sin(there[y, x]) * np.sin(there[near]) + np.cos(there[y, x]) * np.cos(there[near]) * np.cos(
-        np.deg2rad(longitude[near] - longitude[y, x])
-    )
+    beside = _closeness(latitude[y, x], longitude[y, x], latitude[near], longitude[near])
     if closeness[y, x] < beside.min() - 1e-9:  # further than the cells around that one
         raise BadInput(
             f"observe: {observe.variable} at {observe.lat:g} N, {observe.lon:g} E: outside the grid, its nearest cell lies at"
             f" {latitude[y, x]:.4g} N, {longitude[y, x]:.4g} E"
         )
     return lambda sample: sample[observe.variable][..., y, x], observe.value, observe.error
+
+
+def _closeness(lat: float, lon: float, latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
+    """Cosine of the angle at the Earth's centre between a place and others, in degrees."""
+    here, there = np.deg2rad(lat), np.deg2rad(latitude)
+    return np.sin(here) * np.sin(there) + np.cos(here) * np.cos(there) * np.cos(np.deg2rad(longitude - lon))
 
 
 def _constraints(domain: "Climate", imposed: Sequence[Any], observed: Sequence[Any]) -> tuple[Any, Any]:

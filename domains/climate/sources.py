@@ -666,11 +666,12 @@ def conversion(stated: str, wanted: str, where: str) -> tuple[float, float]:
     from cf_xarray.units import units  # here: half a second that most files do not need
 
     def parsed(text: str) -> Any:
-        scale, name = re.fullmatch(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?(?=\s+\D))?\s*(.*?)\s*", text, re.DOTALL).groups()  # type: ignore[union-attr]
+        number = re.match(r"\s*[-+]?[\d.]+([eE][-+]?\d+)?(?=\s+\D)", text)  # "0.1 K"
+        name = text[number.end() if number else 0 :].strip()
         for pattern, usual in _USUAL_UNITS.items():
             name = usual if re.fullmatch(pattern, name, re.IGNORECASE) else name
         try:
-            found = units.Quantity(np.array([0.0, 1.0]) * float(scale or 1), units.Unit(name or "1"))
+            found = units.Quantity(np.array([0.0, 1.0]) * float(number[0] if number else 1), units.Unit(name or "1"))
             if "[temperature]" in found.dimensionality and "degree" in found.units._units:
                 raise ValueError("a temperature times an angle")
             return found

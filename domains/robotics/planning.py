@@ -17,9 +17,8 @@ from domains.robotics.physics import CStepper
 from domains.robotics.tasks import LATEST, Played, Scene, Start, due
 from twinsim.base import BadInput
 
-State = tuple[
-    np.ndarray, np.ndarray
-]  # of the simulator, `[task, size]`, and the last actions `[task, LATEST, action]`, as in `Scene.advance`
+# Of the simulator, `[task, size]`, and the last actions `[task, LATEST, action]`, as in `Scene.advance`.
+State = tuple[np.ndarray, np.ndarray]
 # States, observations `[task, channel]` and actions `[task, sample, step, action]` -> what would be seen after each action,
 # `[task, sample, step, channel]`.
 Imagine = Callable[[State, np.ndarray, np.ndarray], np.ndarray]

@@ -68,9 +68,10 @@ def sections(
         "An episode becomes data where it reaches its goal, keeps every rule, and comes out the same when its actions are played again."
         f" {int(verified(rules).sum())} of {size} do."
     ]
+    shown = _shown(domain, dataset)
     pictures = {
         f"Paths of {min(DRAWN, size)} episodes seen from above: blue reach the goal, orange do not": _paths(domain, dataset),
-        f"A film of {len(_shown(domain, dataset))} of them": _film(domain, dataset),
+        f"A film of {len(shown)} of them": _film(domain, shown),
         "Where the episodes start, and how long they take": _starts(domain, dataset, start),
     }
     return [asked_for, Section("Episodes", told, {"Why episodes were rejected": reasons}, pictures)]
@@ -173,11 +174,11 @@ def _paths(domain: "Motions", dataset: xr.Dataset) -> bytes:
     return _png(figure)
 
 
-def _film(domain: "Motions", dataset: xr.Dataset) -> bytes:
+def _film(domain: "Motions", shown: Sequence[xr.Dataset]) -> bytes:
     """An animated PNG of a few episodes side by side, which stand still when they have ended; on paper, its first picture."""
     from PIL import Image
 
-    films = [filmed(domain, row)[::2] for row in _shown(domain, dataset)]
+    films = [filmed(domain, row)[::2] for row in shown]
     longest = max(map(len, films))
     columns = math.ceil(math.sqrt(len(films)))
     films += [np.full_like(films[0], 255)] * (-len(films) % columns)
